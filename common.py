@@ -1,0 +1,433 @@
+"""What both papers share: the network, the command line, the training loop and its checkpoints.
+
+A script brings its criterion, an `nn.Module` with three methods,
+
+    terms(embeddings, labels) -> {name: scalar}     the loss is the sum; names become columns of log.csv
+    groups(lr) -> [parameter groups for Adam]       each loss parameter has its own learning rate
+    log_values(embeddings, labels) -> {name: float}         whatever else a reader should see in log.csv, once an epoch
+
+and hands it to `train`, which is the whole protocol: one loop, read it from top to bottom.
+"""
+import argparse
+import csv
+import functools
+import io
+import json
+import math
+import os
+import pickle
+import random
+import sys
+import time
+import urllib.error
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+import torchvision
+
+import data
+import evaluate
+from data import UserError, progress
+
+
+def full_precision(function):
+    """Compute in float32 (or float64, if that comes in) whatever autocast or half precision surrounds the call."""
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        device = next(a.device.type for a in (*args, *kwargs.values()) if torch.is_tensor(a))
+        with torch.autocast(device, enabled=False):
+            return function(*(a.float() if torch.is_tensor(a) and a.dtype in (torch.float16, torch.bfloat16) else a
+                              for a in args), **kwargs)
+    return wrapped
+
+
+# ----------------------------------------------------------------------------------------------------- the network
+
+class Network(nn.Module):
+    """Backbone, pooling and one linear embedding layer: images (B, 3, H, W) -> embeddings (B, D), not normalised.
+
+    `resnet50`: torchvision's, globally pooled; `double` pooling adds the maximum to the average. `conv4`: four blocks
+    of 3x3 convolution (64 channels), BatchNorm, ReLU and 2x2 max-pooling, the few-shot network, flattened at the end.
+    `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet weights; a network that starts from
+    nothing has no statistics to keep.
+    """
+
+    def __init__(self, arch, embed_dim, image_size=224, pooling="average", freeze_norm=False):
+        super().__init__()
+        self.freeze_norm = freeze_norm
+        if arch == "resnet50":
+            resnet = torchvision.models.resnet50()
+            self.backbone = nn.Sequential(*[part for name, part in resnet.named_children()
+                                            if name not in ("avgpool", "fc")])
+            width, self.pooling = 2048, pooling
+        else:
+            blocks = [nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                                    nn.MaxPool2d(2)) for width in (3, 64, 64, 64)]
+            self.backbone, self.pooling = nn.Sequential(*blocks), "none"
+            width = 64 * (image_size // 16) ** 2
+        self.embedding = nn.Linear(width, embed_dim)
+
+    def forward(self, images):
+        features = self.backbone(images)
+        if self.pooling != "none":
+            pooled = features.mean((2, 3))
+            features = pooled + features.amax((2, 3)) if self.pooling == "double" else pooled
+        return self.embedding(features.flatten(1))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze_norm:          # neither statistics of the batch nor running averages: every later change of
+            for module in self.modules():             # the weights is seen through the same fixed normalisation
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+
+def load_weights(network, weights):
+    """Fill the backbone: `imagenet` (torchvision's V1 weights for resnet50, downloaded once, digest checked), `none`,
+    or the path of a torchvision state dict. Raises UserError where that is not possible."""
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        entry = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+        try:
+            state = entry.get_state_dict(progress=True, check_hash=True)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise UserError(f"the ImageNet weights could not be fetched ({error}): fetch {entry.url.rsplit('/', 1)[1]} "
+                            "by hand and give --weights PATH, or start from nothing with --weights none") from None
+    else:
+        state = load_file(weights, "--weights")
+    # torchvision's names to those of the Sequential: conv1, bn1, relu, maxpool, layer1, ..., without the classifier.
+    order = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    renamed = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        head, _, rest = str(key).partition(".")
+        renamed[f"{order.get(head, head)}.{rest}"] = value
+    renamed = {key: value for key, value in renamed.items() if not key.startswith("fc.")}
+    try:
+        network.backbone.load_state_dict(renamed)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"--weights {weights} does not fit the network: give a torchvision resnet50 state dict "
+                        f"({str(error).splitlines()[-1].strip()[:100]})") from None
+
+
+def load_file(path, option):
+    """torch.load without code: UserError for a file that is missing, is no checkpoint, or carries code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{option} {path} does not exist") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{option} {path} is not a checkpoint, or holds more than tensors and plain values: "
+                        f"it was not opened ({str(error).splitlines()[0][:80]})") from None
+
+
+def save_file(path, content):
+    """Write a text or checkpoint so that a kill at any moment leaves the old file or the new one."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with data.clear_errors(f"writing {path}", "give another folder with --out"):
+        try:
+            part.write_text(content) if isinstance(content, str) else torch.save(content, part)
+        except RuntimeError as error:                # what torch.save makes of a full disk
+            raise UserError(f"writing {path} failed ({str(error).splitlines()[0]}): make room and resume") from None
+        os.replace(part, path)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+def parser(description, epilog):
+    """The options that both scripts share. A default of None is filled in by the preset of the data set."""
+    p = argparse.ArgumentParser(description=description, epilog=epilog,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", choices=data.DATASETS, default="toy", help="default: toy, built in")
+    p.add_argument("--data_root", default="data", help="folder that holds, or receives, the data set (default: data)")
+    p.add_argument("--arch", choices=("resnet50", "conv4"), help="default: conv4 for toy, resnet50 for the others")
+    p.add_argument("--weights", help="imagenet, none or a state dict's path (default: imagenet for resnet50)")
+    p.add_argument("--pooling", choices=("average", "double"), default="average",
+                   help="double: average + maximum (default: average)")
+    p.add_argument("--image_size", type=positive(int), help="pixels (default: 224; conv4: 32 for toy, else 64)")
+    p.add_argument("--augment", choices=("photo", "light"),
+                   help="photo: the papers' crop and flip; light: small crops, no flip (default: light for conv4)")
+    p.add_argument("--embed_dim", type=positive(int), help="D (default: 128; toy 64)")
+    p.add_argument("--epochs", type=positive(int), help="default: by preset")
+    p.add_argument("--warmup", type=int, help="epochs in which the backbone stays as it is (default: by preset)")
+    p.add_argument("--batch_size", type=positive(int), help="two images per class (default: by preset)")
+    p.add_argument("--lr", type=positive(float), help="Adam's rate for the network (default: by preset)")
+    p.add_argument("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
+    p.add_argument("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
+    p.add_argument("--weight_decay", type=float, default=4e-4, help="for the network alone (default: 4e-4)")
+    p.add_argument("--val_fraction", type=float, default=0.0,
+                   help="part of the training classes held out; they then choose the best epoch instead of the test "
+                        "classes, which the released code uses (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="default: 0")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    p.add_argument("--workers", type=int, help="processes that load images (default: the cores, at most 8; toy 0)")
+    p.add_argument("--out", help="the run's folder (default: runs/NAME)")
+    p.add_argument("--resume", help="last.pt of a run that was stopped; its own settings are used")
+    return p
+
+
+def positive(kind):
+    """An argparse type: an int or float above zero."""
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def parse(p, preset, argv=None):
+    """The settings as a Namespace: what the command line says, else a resumed run's own, else the preset's.
+
+    `preset(args) -> dict` is asked after `dataset`, `arch` and `embed_dim` are known.
+    """
+    free = {"device", "workers", "resume", "out", "data_root"}       # these do not change what is computed
+    args = p.parse_args(argv)
+    if args.resume:
+        saved = load_checkpoint(args.resume, "--resume")["args"]
+        given = p.parse_args(argv, argparse.Namespace(**{key: saved.get(key) for key in vars(args)}))
+        for key, value in vars(given).items():
+            if key not in free and value != saved.get(key, value):
+                raise UserError(f"--{key} {value} contradicts the run in {args.resume}, which has {saved.get(key)}: "
+                                "leave the option out to resume, or start a new run")
+        args = argparse.Namespace(**{**saved, **{k: getattr(args, k) for k in ("resume", "device")}})
+        args.out = str(Path(args.resume).parent)
+        for key in ("data_root", "workers"):
+            setattr(args, key, getattr(given, key))
+        return args
+    toy = args.dataset == "toy"
+    args.arch = args.arch or ("conv4" if toy else "resnet50")
+    args.embed_dim = args.embed_dim or (64 if toy else 128)
+    args.weights = args.weights or ("imagenet" if args.arch == "resnet50" else "none")
+    args.image_size = args.image_size or (224 if args.arch == "resnet50" else 32 if toy else 64)
+    args.augment = args.augment or ("light" if args.arch == "conv4" else "photo")
+    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count() or 1)
+    for key, value in preset(args).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.image_size < 16:
+        raise UserError(f"--image_size {args.image_size} is too small for four poolings: use at least 16")
+    if not 0 <= args.val_fraction < 1:
+        raise UserError(f"--val_fraction {args.val_fraction} is not in [0, 1)")
+    if args.warmup < 0 or args.workers < 0 or args.weight_decay < 0:
+        raise UserError("--warmup, --workers and --weight_decay cannot be negative")
+    if args.arch == "conv4" and args.weights == "imagenet":
+        raise UserError("--weights imagenet needs --arch resnet50: there are no ImageNet weights for conv4")
+    return args
+
+
+def make_device(name):
+    """`auto` is the first GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+
+
+def command(main):
+    """Run a script's main: a user's mistake is one line and exit code 2."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except UserError as error:      # from a worker process it arrives as the last line of a traceback
+        print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; go on with --resume runs/NAME/last.pt", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+def load_checkpoint(path, option):
+    """A checkpoint of this project as a dictionary; UserError for anything else."""
+    checkpoint = load_file(path, option)
+    if not isinstance(checkpoint, dict) or not {"args", "network", "epoch"} <= checkpoint.keys():
+        raise UserError(f"{option} {path} is not a checkpoint of these scripts: give the last.pt or best.pt of a run")
+    return checkpoint
+
+
+def build_network(args, checkpoint=None):
+    """The network of a run, with the weights it starts from or those of its checkpoint."""
+    network = Network(args.arch, args.embed_dim, args.image_size, args.pooling, freeze_norm=args.weights != "none")
+    if checkpoint is None:
+        load_weights(network, args.weights)
+    else:
+        try:
+            network.load_state_dict(checkpoint["network"])
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint does not hold the network its settings name ({args.arch}, "
+                            f"D = {args.embed_dim}): {str(error).splitlines()[-1].strip()[:100]}") from None
+    return network.to(memory_format=torch.channels_last)      # the faster layout for convolutions, CPU and GPU
+
+
+def load_splits(args):
+    """(training, validation or None, test) Splits of a run."""
+    train, test = data.load(args.dataset, args.data_root)
+    if args.val_fraction:
+        return (*data.hold_out(train, args.val_fraction), test)
+    return train, None, test
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+@torch.no_grad()
+def embed(network, split, args, device, what="embedding"):
+    """Embeddings (N, D) float32 on `device` of a split's test-time images, in the split's order."""
+    network.eval()
+    loader = torch.utils.data.DataLoader(data.Images(split, data.test_transform(args.image_size, args.augment)),
+                                         batch_size=128, num_workers=args.workers)
+    rows = []
+    for images, _ in progress(loader, len(loader), what):
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            rows.append(network(images).float())
+    return torch.cat(rows)
+
+
+def gradient_shares(terms, embeddings):
+    """Each term's share of the gradient that reaches the embeddings: its Frobenius norm over the sum of the norms."""
+    norms = {name: 0.0 if not term.requires_grad else
+             float(torch.autograd.grad(term, embeddings, retain_graph=True)[0].norm())
+             for name, term in terms.items()}
+    total = sum(norms.values()) or 1.0
+    return {f"grad_share_{name}": norm / total for name, norm in norms.items()}
+
+
+def train(args, criterion, name, setup=None):
+    """Train, select, evaluate: the whole protocol. Files go to args.out or runs/`name`; returns the final metrics.
+
+    `criterion(num_classes)` makes the loss; `setup(criterion, network, train_split, args, device)` may prepare it
+    before the first epoch (a warm start). Everything random follows from --seed and the epoch, so a run that is
+    resumed at an epoch's beginning computes the very numbers that it would have computed without the stop.
+    """
+    device = make_device(args.device)
+    train_split, val_split, test_split = load_splits(args)
+    checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
+    batches = data.ClassBatches(train_split.labels, args.batch_size, seed=args.seed)
+    seed_all(args.seed)
+    network = build_network(args, checkpoint).to(device)
+    criterion = criterion(len(train_split.class_names)).to(device)
+    out = run_folder(args, name)
+
+    embedding = list(network.embedding.parameters())
+    optimizer = torch.optim.Adam(
+        [{"params": list(network.backbone.parameters()), "lr": args.lr, "weight_decay": args.weight_decay},
+         {"params": embedding, "lr": args.lr, "weight_decay": args.weight_decay}, *criterion.groups(args.lr)])
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_steps, args.lr_gamma)
+    history, best, first = [], -1.0, 0
+    if checkpoint:
+        try:
+            criterion.load_state_dict(checkpoint["criterion"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scheduler.load_state_dict(checkpoint["scheduler"])
+            history, best, first = checkpoint["history"], checkpoint["best"], checkpoint["epoch"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"--resume {args.resume} does not fit this data set and loss "
+                            f"({str(error).splitlines()[0]}): resume from the last.pt of the same run") from None
+    elif setup:
+        setup(criterion, network, train_split, args, device)
+
+    loader = torch.utils.data.DataLoader(
+        data.Images(train_split, data.train_transform(args.image_size, args.augment)), batch_sampler=batches,
+        num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
+    judge, judged = (val_split, "val") if val_split else (test_split, "test")
+    ks = (1, 10, 100, 1000) if args.dataset == "sop" else (1, 2, 4, 8)
+    print(f"{name}: {len(train_split.images)} images of {len(train_split.class_names)} classes train, "
+          f"{len(test_split.images)} of {len(test_split.class_names)} test, on {device}; files in {out}", flush=True)
+
+    for epoch in range(first, args.epochs):
+        batches.epoch = epoch
+        seed_all(args.seed + 7919 * (epoch + 1))       # for a loss that draws samples; images have seeds of their own
+        network.train()
+        network.backbone.requires_grad_(epoch >= args.warmup)
+        sums, shares, start = {}, {}, time.monotonic()
+        for step, (images, labels) in enumerate(progress(loader, len(loader), f"epoch {epoch + 1}")):
+            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):   # the network alone
+                embeddings = network(images)
+            embeddings = embeddings.float()
+            terms = criterion.terms(embeddings, labels)
+            loss = sum(terms.values())
+            if not torch.isfinite(loss):
+                bad = [term for term, value in terms.items() if not torch.isfinite(value)] or ["sum"]
+                raise UserError(f"the loss term {', '.join(bad)} is not finite in epoch {epoch + 1}, step {step + 1}: "
+                                f"lower --lr or its weight; the last good checkpoint is in {out}")
+            if not shares:
+                shares = {**gradient_shares(terms, embeddings), **criterion.log_values(embeddings.detach(), labels)}
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for term, value in terms.items():
+                sums[term] = sums.get(term, 0.0) + value.detach()
+        scheduler.step()
+        seconds = time.monotonic() - start
+        recall = evaluate.recall_at_k(embed(network, judge, args, device), judge.labels.to(device), (1,))[1]
+        row = {"epoch": epoch + 1, **{term: float(value) / len(loader) for term, value in sums.items()}, **shares,
+               "seconds": seconds, f"{judged}_recall@1": recall}
+        history = history + [row]
+        rate = len(loader) * args.batch_size / seconds
+        left = int((args.epochs - epoch - 1) * (time.monotonic() - start))
+        print(f"epoch {epoch + 1:3d}/{args.epochs}  " + "  ".join(f"{term} {row[term]:.4g}" for term in sums) +
+              f"  {rate:.0f} images/s  {left // 60}:{left % 60:02d} left  {judged} Recall@1 {100 * recall:.1f}",
+              flush=True)
+        content = {"args": vars(args), "network": network.state_dict(), "criterion": criterion.state_dict(),
+                   "epoch": epoch + 1, "best": max(best, recall), "history": history}
+        if recall > best:
+            best = recall
+            save_file(out / "best.pt", content)
+        # last.pt comes after best.pt: a kill between the two only repeats this epoch.
+        save_file(out / "last.pt", {**content, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+        save_file(out / "log.csv", csv_text(history))
+
+    columns = {}
+    for title in ("last", "best"):
+        saved = load_checkpoint(out / f"{title}.pt", "checkpoint")
+        rows = embed(build_network(args, saved).to(device), test_split, args, device)
+        columns[f"{title} (epoch {saved['epoch']})"] = evaluate.all_metrics(rows, test_split.labels.to(device), ks, seed=0)
+    print(f"\ntest classes; the best epoch is chosen by {judged} Recall@1\n" + evaluate.table(columns), flush=True)
+    save_file(out / "metrics.json", json.dumps(columns, indent=1))
+    print(f"\npictures: python evaluate.py --checkpoint {out / 'best.pt'} --pictures")
+    return columns
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
+
+def run_folder(args, name):
+    """Make the run's folder and write its settings; never over another run's checkpoint."""
+    out = Path(args.out or f"runs/{name}")
+    if not args.resume and (out / "last.pt").exists():
+        if args.out:
+            raise UserError(f"--out {out} already holds a run: resume it with --resume {out / 'last.pt'}, "
+                            "or give another folder")
+        number = 2
+        while (Path(f"{out}-{number}") / "last.pt").exists():
+            number += 1
+        out = Path(f"{out}-{number}")
+    with data.clear_errors(f"making the folder {out}", "give another one with --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    args.out = str(out)
+    save_file(out / "args.json", json.dumps(vars(args), indent=1))
+    return out
+
+
+def csv_text(rows):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,495 @@
+"""Data sets for zero-shot retrieval: where the files come from, how the classes are split, how batches are drawn.
+
+Training and test classes are disjoint: the first half of a data set's classes trains, the second half is only ever
+retrieved. Here are, in reading order: the readers of CUB200-2011, Cars196, Stanford Online Products (SOP) and of a
+folder of one's own photographs; downloads; the built-in `toy` characters; images; batches.
+"""
+import contextlib
+import errno
+import hashlib
+import math
+import os
+import shutil
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import scipy.io
+import torch
+from PIL import Image
+from torchvision import transforms
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one sentence that names the file, option or value and says what to do."""
+
+
+class Split(NamedTuple):
+    """One half of a data set. Labels run from 0 to `len(class_names) - 1`."""
+    images: list                              # N paths, or N uint8 arrays (H, W)
+    labels: torch.Tensor                      # (N,) int64
+    class_names: list
+    ambiguity: Optional[torch.Tensor] = None  # (N,) in [0, 1] where it is known (toy)
+
+
+def progress(items, total, what):
+    """Yield from `items` while showing how far `what` is and the time left: one line in a terminal, a plain line a
+    minute in a log file."""
+    start = shown = time.monotonic()
+    terminal = sys.stderr.isatty()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - shown > (0.5 if terminal else 60):
+            left = int((now - start) / done * (total - done))
+            text = f"  {what} {done}/{total}, {left // 60}:{left % 60:02d} left"
+            print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+            shown = now
+        yield item
+    if terminal and shown != start:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the readers
+
+def halves(paths, labels, class_names):
+    """Split by class: the first half of the classes listed trains, the second half tests (the field's protocol)."""
+    labels, half = np.asarray(labels), len(class_names) // 2
+    if half < 1:
+        raise UserError(f"{len(class_names)} class(es) found, but training and test need at least one class each: "
+                        "give at least two classes")
+    train, test = np.flatnonzero(labels < half), np.flatnonzero(labels >= half)
+    return (Split([paths[i] for i in train], torch.as_tensor(labels[train]), class_names[:half]),
+            Split([paths[i] for i in test], torch.as_tensor(labels[test] - half), class_names[half:]))
+
+
+def find(root, candidates, marker, help_text):
+    """The first of root/candidate that contains the file `marker`."""
+    for candidate in candidates:
+        if (Path(root) / candidate / marker).exists():
+            return Path(root) / candidate
+    raise UserError(f"{marker} was not found in {', '.join(str(Path(root) / c) for c in candidates)}: {help_text}")
+
+
+def read_table(path, columns):
+    """Rows of a text file of space-separated columns, the last of which may hold spaces."""
+    rows = [line.split(None, columns - 1) for line in Path(path).read_text().splitlines() if line.strip()]
+    if not rows or any(len(row) != columns for row in rows):
+        raise UserError(f"{path} is empty or does not have {columns} columns: unpack the archive again")
+    return [[*row[:-1], row[-1].strip()] for row in rows]
+
+
+def load_cub200(root):
+    """CUB200-2011: three text files joined by image id. 5,864 training and 5,924 test images."""
+    candidates = ("CUB_200_2011", "cub200", ".")
+    if not any((Path(root) / c / "images.txt").exists() for c in candidates):
+        fetch(root, CUB_URL, "97eceeb196236b17998738112f37df78", "CUB_200_2011")
+    base = find(root, candidates, "images.txt", "delete the folder to download CUB200-2011 again")
+    names = read_table(base / "classes.txt", 2)
+    label_of = {class_id: label for label, (class_id, _) in enumerate(names)}
+    class_of = dict(read_table(base / "image_class_labels.txt", 2))
+    rows = read_table(base / "images.txt", 2)
+    try:
+        labels = [label_of[class_of[image_id]] for image_id, _ in rows]
+    except KeyError as error:
+        raise UserError(f"{base}/image_class_labels.txt and classes.txt know no class for the id {error} of images.txt:"
+                        " unpack the archive again") from None
+    return halves([base / "images" / path for _, path in rows], labels, [name for _, name in names])
+
+
+def load_cars196(root):
+    """Cars196 in either layout in circulation; both list the same 16,185 images, numbered differently.
+
+    Older: cars_annos.mat and car_ims/. Newer: devkit/ with cars_train/, cars_test/, cars_test_annos_withlabels.mat.
+    8,054 training and 8,131 test images (classes 1-98 and 99-196 of all images, not the authors' own train and test).
+    """
+    root = Path(root)
+    for name, md5 in (("car_ims.tgz", "d5c8f0aa497503f355e17dc7886c3f14"),
+                      ("cars_annos.mat", "b407c6086d669747186bd1d764ff9dbc")):
+        # An archive that the user has brought is used as it is. A cars_annos.mat of another digest beside an unpacked
+        # car_ims/ may be a subset's own, so only the pair as published is checked.
+        if (root / "car_ims.tgz").exists() and not (root / "car_ims").exists():
+            check_md5(root / name, md5)
+    if (root / "car_ims.tgz").exists() and not (root / "car_ims").exists():
+        unpack(root / "car_ims.tgz", root, "car_ims")
+    candidates = [root / "stanford_cars", root / "cars196", root]
+    for base in candidates:
+        if (base / "cars_annos.mat").exists() and (base / "car_ims").is_dir():
+            rows, names = read_mat(base / "cars_annos.mat", "annotations", "relative_im_path", "class_names")
+            break
+        if (base / "devkit/cars_train_annos.mat").exists() and (base / "cars_train").is_dir():
+            rows, names = read_mat(base / "devkit/cars_train_annos.mat", "annotations", "fname")
+            rows = [(f"cars_train/{path}", label) for path, label in rows]
+            names = [str(name) for name in read_mat(base / "devkit/cars_meta.mat")["class_names"]]
+            tests = [base / "cars_test_annos_withlabels.mat", base / "devkit/cars_test_annos_withlabels.mat"]
+            if not any(path.exists() for path in tests):
+                raise UserError(f"{tests[0]} is missing: half of Cars196's labels are in it; put it there")
+            test_rows, _ = read_mat(next(p for p in tests if p.exists()), "annotations", "fname")
+            rows += [(f"cars_test/{path}", label) for path, label in test_rows]
+            break
+    else:
+        raise UserError(
+            f"Cars196 was not found in {root}, and its official address is dead: put either car_ims.tgz and "
+            "cars_annos.mat there, or the folders devkit/, cars_train/, cars_test/ and the file "
+            "cars_test_annos_withlabels.mat (both are in circulation as 'Stanford Cars')")
+    return halves([base / path for path, _ in rows], [label - 1 for _, label in rows], names)
+
+
+def read_mat(path, variable=None, file_field=None, names_variable=None):
+    """A MATLAB file; with `variable`, its [(file name, class from 1)] rows and the class names."""
+    try:
+        mat = scipy.io.loadmat(path, squeeze_me=True)
+        if variable is None:
+            return mat
+        rows = [(str(row[file_field]), int(row["class"])) for row in np.atleast_1d(mat[variable])]
+        return rows, [str(name) for name in mat[names_variable]] if names_variable else None
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{path} is not a readable Cars196 annotation file ({error}): fetch it again") from None
+
+
+def load_sop(root):
+    """Stanford Online Products by its own lists: 11,318 classes, 59,551 images train; 11,316, 60,502 test."""
+    candidates = ("Stanford_Online_Products", "sop", ".")
+    if not any((Path(root) / c / "Ebay_train.txt").exists() for c in candidates):
+        fetch(root, SOP_URL, "7f73d41a2f44250d4779881525aea32e", "Stanford_Online_Products")
+    base = find(root, candidates, "Ebay_train.txt", "delete the folder to download SOP again")
+    splits = []
+    for name in ("Ebay_train.txt", "Ebay_test.txt"):
+        rows = read_table(base / name, 4)[1:]                     # image_id class_id super_class_id path, with a header
+        classes = sorted({int(row[1]) for row in rows})
+        label_of = {class_id: label for label, class_id in enumerate(classes)}
+        splits.append(Split([base / row[3] for row in rows], torch.tensor([label_of[int(row[1])] for row in rows]),
+                            [str(class_id) for class_id in classes]))
+    return tuple(splits)
+
+
+def load_folder(root):
+    """One's own photographs, one sub-folder per class: the first half of the sorted class folders trains."""
+    kinds = set(Image.registered_extensions())
+    paths, labels, names = [], [], []
+    for folder in sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith(".")):
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and not p.name.startswith("."))
+        if not files:
+            warnings.warn(f"{folder} holds no image and is left out")
+            continue
+        paths, labels = paths + files, labels + [len(names)] * len(files)
+        names.append(folder.name)
+    if not paths:
+        raise UserError(f"{root} holds no images in sub-folders: give --data_root a folder with one sub-folder per class")
+    return halves(paths, labels, names)
+
+
+# Published number of training and test images: fewer means a subset, and its numbers compare with nobody else's.
+PUBLISHED = {"cub200": (5864, 5924), "cars196": (8054, 8131), "sop": (59551, 60502)}
+
+
+def load(name, root):
+    """(training Split, test Split) of the data set `name` below the folder `root`.
+
+    Downloads CUB200-2011 and SOP where they are missing. Warns of a subset and of classes with one training image.
+    Raises UserError for whatever is missing, empty or unreadable.
+    """
+    if name == "toy":
+        return load_toy()
+    if name == "folder" and not Path(root).is_dir():
+        raise UserError(f"the folder {root} does not exist: give --data_root the folder that holds the data")
+    splits = LOADERS[name](root)
+    missing = [path for split in splits for path in split.images if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{len(missing)} listed images are missing, the first is {missing[0]}: "
+                        "unpack the data set again")
+    counts = tuple(len(split.images) for split in splits)
+    if name in PUBLISHED and counts != PUBLISHED[name]:
+        warnings.warn(f"{root} holds {counts[0]} training and {counts[1]} test images of {name}, the published split "
+                      f"{PUBLISHED[name][0]} and {PUBLISHED[name][1]}: results on a subset compare with no paper")
+    if min(counts) == 0:
+        raise UserError(f"{root} holds no {'training' if counts[0] == 0 else 'test'} images of {name}")
+    single = int((torch.bincount(splits[0].labels) == 1).sum())
+    if single:
+        warnings.warn(f"{single} training class(es) have one image, which is paired with itself")
+    return splits
+
+
+LOADERS = {"cub200": load_cub200, "cars196": load_cars196, "sop": load_sop, "folder": load_folder}
+DATASETS = ("toy", *LOADERS)
+
+
+def hold_out(split, fraction):
+    """Cut the last `fraction` of a split's classes off for validation: (remaining Split, validation Split)."""
+    classes = len(split.class_names)
+    held = max(2, round(fraction * classes))      # one class alone would make retrieval trivial
+    if classes - held < 2:
+        raise UserError(f"--val_fraction {fraction} leaves {classes - held} of {classes} training classes: "
+                        "at least two have to remain on either side")
+    parts = []
+    for first, last in ((0, classes - held), (classes - held, classes)):
+        chosen = torch.nonzero((split.labels >= first) & (split.labels < last)).flatten()
+        ambiguity = None if split.ambiguity is None else split.ambiguity[chosen]
+        parts.append(Split([split.images[i] for i in chosen], split.labels[chosen] - first,
+                           split.class_names[first:last], ambiguity))
+    return tuple(parts)
+
+
+# ------------------------------------------------------------------------------------------------------ downloads
+
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+SOP_URL = "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"
+
+
+@contextlib.contextmanager
+def clear_errors(action, remedy):
+    """Turn what can go wrong between a server and a disk into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            remedy = "the disk is full: make room and run again"
+        raise UserError(f"{action} failed ({getattr(error, 'reason', error)}); {remedy}") from None
+
+
+def check_md5(path, md5):
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: put it there")
+    digest = hashlib.md5()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    if digest.hexdigest() != md5:
+        raise UserError(f"{path} has the MD5 digest {digest.hexdigest()} instead of {md5}: delete it and fetch it again")
+
+
+def fetch(root, url, md5, folder):
+    """Download `url` into `root`, check its MD5 digest and unpack the `folder` in it. Run again to resume."""
+    archive = Path(root) / url.rsplit("/", 1)[1]
+    part = archive.with_name(archive.name + ".part")
+    if not archive.exists():
+        with clear_errors(f"the download of {url}", f"run again to go on, or put the file into {root} by hand"):
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            done = part.stat().st_size if part.exists() else 0
+            request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+            try:
+                response = urllib.request.urlopen(request, timeout=60)
+            except urllib.error.HTTPError as error:
+                if error.code != 416:              # 416: nothing is left to send, the digest decides what we have
+                    raise
+                response = None
+            with contextlib.ExitStack() as stack:
+                if response is not None:
+                    stack.enter_context(response)
+                    resumed = getattr(response, "status", None) == 206      # 200, or FTP: from the beginning
+                    length = int(response.headers.get("Content-Length") or 0)
+                    free = shutil.disk_usage(archive.parent).free
+                    if 2 * length > free:                                   # the archive, and what comes out of it
+                        raise UserError(f"{archive.parent} has {free >> 20} MiB free, but {url} needs about "
+                                        f"{2 * length >> 20} MiB with its contents: make room and run again")
+                    print(f"downloading {url} ({length >> 20} MiB)", flush=True)
+                    file = stack.enter_context(open(part, "ab" if resumed else "wb"))
+                    blocks = iter(lambda: response.read(1 << 20), b"")
+                    for block in progress(blocks, math.ceil(length / (1 << 20)), "MiB"):
+                        file.write(block)
+                    missing = length - (file.tell() - (done if resumed else 0))
+                    if missing > 0:
+                        raise OSError(f"the connection was cut {missing} bytes before the end")
+        try:
+            check_md5(part, md5)
+        except UserError as error:
+            part.unlink()                          # a wrong file must not be resumed
+            raise UserError(f"{url} is not the published file, and was deleted: {error}") from None
+        os.replace(part, archive)
+    check_md5(archive, md5)
+    unpack(archive, root, folder)
+
+
+def unpack(archive, root, folder):
+    """Unpack `folder` of a .tgz or .zip archive below `root`, all or nothing, and nothing outside of it."""
+    staging = Path(root) / f".unpacking-{folder}"
+    shutil.rmtree(staging, ignore_errors=True)     # what an interrupted run has left
+    print(f"unpacking {archive}", flush=True)
+    with clear_errors(f"unpacking {archive}", "delete the archive and run again"):
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as file:
+                    for name in file.namelist():   # extractall would quietly rename such members
+                        if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+                            raise UserError(f"{archive} holds the member {name!r}, which points outside: do not use it")
+                    file.extractall(staging)
+            else:
+                with tarfile.open(archive) as file:
+                    file.extractall(staging, filter="data")
+        except tarfile.FilterError as error:
+            raise UserError(f"{archive} holds a member that points outside ({error}): do not use it") from None
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{archive} is not a readable archive ({error}): delete it and run again") from None
+        if not (staging / folder).is_dir():
+            raise UserError(f"{archive} holds no folder {folder}: it is not the published archive")
+        os.replace(staging / folder, Path(root) / folder)    # only now does the data set exist
+        shutil.rmtree(staging)
+
+
+# ------------------------------------------------------------------------------------------------ toy characters
+
+def load_toy(seed=0, classes=200, per_class=20, size=32):
+    """Hand-drawn-like characters, made from `seed` alone: 100 training and 100 test classes of 20 images, 32 x 32.
+
+    A class is two to four curved strokes, and three numbers that say how much its drawings differ in slant, in
+    thickness and in size: one of the three varies much, the others little, so that a class is non-isotropic and each
+    class in its own way. A drawing's ambiguity, uniform in [0, 1], is how much of it is blurred and missing.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    n, steps = classes * per_class, 24
+
+    def uniform(*shape, low=0.0, high=1.0):
+        return low + (high - low) * torch.rand(*shape, generator=rng)
+
+    # Classes: four quadratic Bezier strokes of three control points in [-1, 1]^2, the last ones often absent.
+    control = uniform(classes, 4, 3, 2, low=-1, high=1)
+    present = torch.arange(4) < torch.randint(2, 5, (classes, 1), generator=rng)                  # (classes, 4)
+    spread = torch.full((classes, 3), 0.25)                                                       # slant, thickness, size
+    spread[torch.arange(classes), torch.randint(3, (classes,), generator=rng)] = 1.0
+
+    # Drawings: a wobble of the control points, then slant, thickness and size by the class's own spread.
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    ambiguity = uniform(n)
+    control = control[labels] + 0.12 * torch.randn(n, 4, 3, 2, generator=rng)
+    slant, thickness, scale = (torch.randn(n, 3, generator=rng) * spread[labels]).unbind(1)
+    t = torch.linspace(0, 1, steps).view(-1, 1)
+    basis = torch.cat([(1 - t) ** 2, 2 * t * (1 - t), t ** 2], dim=1)                             # (steps, 3)
+    points = torch.einsum("sk,nbkc->nbsc", basis, control)                                        # (n, 4, steps, 2)
+    points[..., 0] = points[..., 0] + (0.4 * slant).view(-1, 1, 1) * points[..., 1]
+    points = points * (0.62 * torch.exp(0.22 * scale)).view(-1, 1, 1, 1) + 0.08 * torch.randn(n, 1, 1, 2, generator=rng)
+
+    # A gap of each stroke is missing: up to 90 % of its length for the most ambiguous drawings.
+    gap = 0.9 * ambiguity.view(-1, 1, 1) * uniform(n, 4, 1)
+    start = uniform(n, 4, 1) * (1 - gap)
+    position = torch.linspace(0, 1, steps)
+    drawn = present[labels].unsqueeze(2) & ~((position >= start) & (position < start + gap))      # (n, 4, steps)
+    points[~drawn] = 99.0                                                                         # off the paper
+    points = points.flatten(1, 2)                                                                 # (n, 4 * steps, 2)
+
+    # Ink falls off with the distance to the nearest stroke point; then a Gaussian blur along rows and columns.
+    grid = torch.linspace(-1, 1, size)
+    distance = torch.cat([((grid.view(1, 1, -1, 1) - part[:, None, None, :, 0]) ** 2 +
+                           (grid.view(1, -1, 1, 1) - part[:, None, None, :, 1]) ** 2).amin(3)
+                          for part in points.split(100)]).sqrt()                                  # (n, size, size)
+    width = (0.07 * torch.exp(0.45 * thickness)).view(-1, 1, 1)
+    ink = torch.sigmoid((width - distance) / 0.02)
+    pixel = torch.arange(size)
+    sigma = 0.3 + 2.2 * ambiguity.view(-1, 1, 1)
+    blur = torch.exp(-(pixel.view(-1, 1) - pixel) ** 2 / (2 * sigma ** 2))                        # (n, size, size)
+    blur = blur / blur.sum(2, keepdim=True)
+    ink = blur @ ink @ blur.mT + 0.05 * torch.randn(n, size, size, generator=rng)
+    images = (255 * (1 - ink.clamp(0, 1))).to(torch.uint8).numpy()                                # dark on white
+    half = n // 2
+    names = [f"character{c:03d}" for c in range(classes)]
+    return (Split(list(images[:half]), labels[:half], names[:classes // 2], ambiguity[:half]),
+            Split(list(images[half:]), labels[half:] - classes // 2, names[classes // 2:], ambiguity[half:]))
+
+
+# ---------------------------------------------------------------------------------------------- images and batches
+
+NORMALIZE = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])      # ImageNet's mean and deviation
+
+
+def read_image(source):
+    """A path or a uint8 array (H, W) as an RGB picture; grey, palette, RGBA and CMYK files are converted."""
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source} is not a readable image ({error}): replace or remove it") from None
+
+
+def train_transform(size, augment):
+    """`photo`: the papers' crop and flip. `light`: for drawings, which neither survive a crop of 8 % nor a mirror."""
+    crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    if augment == "light":
+        crop = [transforms.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25))]
+    return transforms.Compose([*crop, transforms.ToTensor(), NORMALIZE])
+
+
+def test_transform(size, augment):
+    """Resize(256) and CenterCrop(224), or the same ratio at other sizes; `light` keeps the whole picture."""
+    resize = size if augment == "light" else round(size * 256 / 224)
+    return transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE])
+
+
+class Images(torch.utils.data.Dataset):
+    """Pictures of a Split as normalised tensors (3, H, W) with their labels.
+
+    An item is asked for by its index, or by (index, seed): then its augmentation depends on the seed alone, and not
+    on which worker process draws it, how many there are, or what was drawn before.
+    """
+
+    def __init__(self, split, transform):
+        self.split, self.transform = split, transform
+
+    def __len__(self):
+        return len(self.split.images)
+
+    def __getitem__(self, item):
+        index, seed = item if isinstance(item, (tuple, list)) else (item, 0)
+        image = read_image(self.split.images[index])
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        image = self.transform(image)
+        torch.set_rng_state(state)
+        return image, self.split.labels[index]
+
+
+class ClassBatches:
+    """Batches of `per_class` images of each of `batch_size / per_class` different classes, drawn at random.
+
+    A class's images are shuffled and cut into groups, and each batch takes the next group of the classes it draws. A
+    class is drawn in proportion to the groups it has left; one with as many groups left as there are batches left
+    must be in all of them. So every image is seen in every epoch, twice at most where groups are filled up. (Unless a
+    class has more groups than the epoch has batches: then as many as fit, other ones each epoch.)
+
+    Yields lists of (image index, augmentation seed); all of it follows from the seed and `epoch` alone.
+    Raises UserError for a batch size that does not fit.
+    """
+
+    def __init__(self, labels, batch_size, per_class=2, seed=0):
+        self.members = [torch.nonzero(labels == c).flatten() for c in range(int(labels.max()) + 1)]
+        if batch_size < per_class or batch_size % per_class:
+            raise UserError(f"--batch_size {batch_size} is not a multiple of {per_class}, the images per class: "
+                            f"try {max(per_class, batch_size - batch_size % per_class)}")
+        self.classes_per_batch = batch_size // per_class
+        if self.classes_per_batch > len(self.members):
+            raise UserError(f"--batch_size {batch_size} needs {self.classes_per_batch} classes with {per_class} images "
+                            f"each, but there are {len(self.members)}: use at most {per_class * len(self.members)}")
+        self.per_class, self.seed, self.epoch = per_class, seed, 0
+        self.groups = torch.tensor([math.ceil(len(m) / per_class) for m in self.members])
+        self.length = math.ceil(int(self.groups.sum()) / self.classes_per_batch)
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        queues = [[] for _ in self.members]
+        left = self.groups.clamp(max=self.length)
+        for batches_left in range(self.length, 0, -1):
+            # Gumbel-top-k: a weighted draw without replacement. Classes with nothing left only fill up.
+            keys = left.clamp(min=1e-9).log() - torch.rand(len(left), generator=rng).clamp(min=1e-30).log().neg().log()
+            keys[left >= batches_left] = math.inf
+            chosen = keys.topk(self.classes_per_batch).indices
+            left[chosen] = (left[chosen] - 1).clamp(min=0)
+            batch = []
+            for c in chosen.tolist():
+                if len(queues[c]) < self.per_class:        # reshuffle; an incomplete last group is filled from here
+                    fresh = self.members[c][torch.randperm(len(self.members[c]), generator=rng)].tolist()
+                    while len(queues[c]) < self.per_class:
+                        queues[c] += [i for i in fresh if i not in queues[c]] or fresh
+                batch += [queues[c].pop(0) for _ in range(self.per_class)]
+            seeds = torch.randint(2 ** 62, (len(batch),), generator=rng).tolist()
+            yield list(zip(batch, seeds))
