@@ -88,7 +88,7 @@ class SoftTriple(nn.Module):
         centers = F.normalize(self.proxies, dim=-1)
         s = (F.normalize(embeddings) @ centers.view(C * K, D).T).view(-1, C, K)        # (B, C, K)
         S = (F.softmax(s / self.gamma, dim=2) * s).sum(2)                              # (B, C)
-        logits = self.la * (S - self.margin * F.one_hot(labels, C))
+        logits = self.la * (S - self.margin * F.one_hot(labels, C).to(S))
         loss = F.cross_entropy(logits, labels)
         if self.tau and K > 1:
             k, l = torch.triu_indices(K, K, offset=1, device=s.device)
@@ -225,9 +225,11 @@ class NIR(nn.Module):
         return groups
 
     def log_values(self, embeddings, labels):
-        """How tightly the batch sits on its proxies: the mean cosine to the own one (the nearest of several)."""
-        rho = F.normalize(self.proxy_loss.proxies.detach(), dim=-1)[labels].view(len(labels), -1, embeddings.shape[1])
-        return {"own_proxy_cosine": float((rho @ F.normalize(embeddings).unsqueeze(2)).amax(1).mean())}
+        """How tight the batch's classes are: mean cosine to the own (nearest) proxy, and between images of a class."""
+        psi, rho = F.normalize(embeddings), F.normalize(self.proxy_loss.proxies.detach(), dim=-1)[labels]
+        to_proxy = (rho.view(len(psi), -1, psi.shape[1]) @ psi.unsqueeze(2)).amax(1)             # (B, K or 1, 1) -> (B, 1)
+        pairs = (labels.unsqueeze(0) == labels.unsqueeze(1)).triu(diagonal=1)
+        return {"own_proxy_cosine": float(to_proxy.mean()), "class_cosine": float((psi @ psi.T)[pairs].mean())}
 
 
 # ------------------------------------------------------------------------------------------------------ the settings

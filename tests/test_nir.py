@@ -1,0 +1,317 @@
+"""The proxy losses against slow references written from the formulas; the flow against autograd and its integral."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import nir
+from data import UserError
+
+
+def batch(B=7, C=4, D=5, dtype=torch.float64):
+    torch.manual_seed(0)
+    return torch.randn(B, D, dtype=dtype) * 3, torch.tensor([0, 0, 1, 2, 2, 2, 0][:B])
+
+
+# ------------------------------------------------------------------------------------------------- proxy losses
+
+def test_proxynca_is_the_formula():
+    x, y = batch()
+    loss = nir.ProxyNCA(4, 5, temperature=0.3).double()
+    p, expected = loss.proxies.detach(), 0.0
+    for i in range(len(x)):
+        d = [float(((x[i] / x[i].norm() - p[c] / p[c].norm()) ** 2).sum()) for c in range(4)]
+        expected -= math.log(math.exp(-d[y[i]] / 0.3) / sum(math.exp(-v / 0.3) for v in d)) / len(x)
+    assert loss(x, y).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_proxyanchor_is_the_formula():
+    x, y = batch()
+    loss = nir.ProxyAnchor(4, 5, margin=0.2, alpha=5.0).double()
+    p = loss.proxies.detach()
+    s = [[float(F.cosine_similarity(x[i], p[c], dim=0)) for c in range(4)] for i in range(len(x))]
+    pull, push = [], []
+    for c in range(4):                                         # class 3 has no positive in the batch
+        positives = [s[i][c] for i in range(len(x)) if y[i] == c]
+        negatives = [s[i][c] for i in range(len(x)) if y[i] != c]
+        if positives:
+            pull.append(math.log(1 + sum(math.exp(-5 * (v - 0.2)) for v in positives)))
+        push.append(math.log(1 + sum(math.exp(5 * (v + 0.2)) for v in negatives)))
+    assert loss(x, y).item() == pytest.approx(sum(pull) / len(pull) + sum(push) / 4, rel=1e-12)
+
+
+def test_softtriple_is_the_formula():
+    x, y = batch()
+    C, K, la, gamma, margin, tau = 4, 3, 4.0, 0.3, 0.15, 0.7
+    loss = nir.SoftTriple(C, 5, centers=K, la=la, gamma=gamma, margin=margin, tau=tau).double()
+    w = F.normalize(loss.proxies.detach(), dim=-1)
+    expected = 0.0
+    for i in range(len(x)):
+        S = []
+        for c in range(C):
+            s = [float(F.cosine_similarity(x[i], w[c, k], dim=0)) for k in range(K)]
+            S.append(sum(math.exp(v / gamma) * v for v in s) / sum(math.exp(v / gamma) for v in s))
+        own = math.exp(la * (S[y[i]] - margin))
+        expected -= math.log(own / (own + sum(math.exp(la * S[c]) for c in range(C) if c != y[i]))) / len(x)
+    merge = sum(float((w[c, k] - w[c, l]).norm()) for c in range(C) for k in range(K) for l in range(k + 1, K))
+    assert loss(x, y).item() == pytest.approx(expected + tau * merge / (C * K * (K - 1)), rel=1e-10)
+
+
+def test_softtriple_with_one_centre_has_nothing_to_merge():
+    x, y = batch()
+    one = nir.SoftTriple(4, 5, centers=1, tau=0.2).double()
+    s = F.normalize(x) @ F.normalize(one.proxies.detach()[:, 0]).T
+    expected = F.cross_entropy(20 * (s - 0.01 * F.one_hot(y, 4).double()), y)
+    assert one(x, y).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", nir.LOSSES)
+def test_loss_gradients_are_those_of_finite_differences(name):
+    x, y = batch()
+    loss = nir.LOSSES[name](4, 5).double()
+
+    def value(x, proxies):
+        return torch.func.functional_call(loss, {"proxies": proxies}, (x, y))
+    assert torch.autograd.gradcheck(value, (x.requires_grad_(), loss.proxies.detach().requires_grad_()))
+
+
+@pytest.mark.parametrize("make", [lambda: nir.ProxyAnchor(4, 5, alpha=1e4), lambda: nir.ProxyNCA(4, 5, temperature=1e-4),
+                                  lambda: nir.SoftTriple(4, 5, la=1e5, gamma=1e-4)])
+def test_losses_do_not_overflow_at_extreme_scales(make):
+    x, y = batch(dtype=torch.float32)
+    loss, x = make(), x.requires_grad_()
+    value = loss(x, y)
+    value.backward()
+    assert value.isfinite() and x.grad.isfinite().all() and loss.proxies.grad.isfinite().all()
+
+
+def test_merged_softtriple_centres_have_a_finite_gradient():
+    x, y = batch(dtype=torch.float32)
+    loss = nir.SoftTriple(4, 5)
+    loss.proxies.data[:] = loss.proxies.data[:, :1]
+    loss(x, y).backward()
+    assert loss.proxies.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", nir.LOSSES)
+def test_losses_compute_in_float32_under_autocast(name):
+    x, y = batch(dtype=torch.float32)
+    loss = nir.LOSSES[name](4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(x, y)
+    assert inside.dtype == torch.float32 and torch.equal(inside, loss(x, y))
+    assert loss(x.bfloat16(), y).dtype == torch.float32
+
+
+def test_proxies_start_with_variance_one_64th():
+    torch.manual_seed(0)
+    for loss in (nir.ProxyNCA(300, 64), nir.ProxyAnchor(300, 64), nir.SoftTriple(300, 64)):
+        assert loss.proxies.var().item() == pytest.approx(1 / 64, rel=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------- flow
+
+def flow(dim, cond_dim=3, **options):
+    torch.manual_seed(1)
+    made = nir.GlowFlow(dim, cond_dim, **{"depth": 3, "width": 32, **options}).double()
+    with torch.no_grad():                          # far from the identity, so that a wrong sign cannot hide
+        for parameter in made.parameters():
+            parameter.mul_(2.0)
+    return made
+
+
+@pytest.mark.parametrize("dim", [2, 5, 16])
+def test_inverse_undoes_forward(dim):
+    made, x, cond = flow(dim), torch.randn(9, dim).double(), torch.randn(9, 3).double()
+    z, _ = made(x, cond)
+    assert (z - x).abs().max() > 0.1
+    torch.testing.assert_close(made.inverse(z, cond), x, atol=1e-9, rtol=0)
+
+
+def test_inverse_undoes_forward_at_the_papers_size_in_float32():
+    torch.manual_seed(0)
+    made, x, cond = nir.GlowFlow(128, 128), F.normalize(torch.randn(6, 128)), F.normalize(torch.randn(6, 128))
+    torch.testing.assert_close(made.inverse(made(x, cond)[0], cond), x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_log_determinant_is_that_of_the_jacobian(dim):
+    made, cond = flow(dim), torch.randn(1, 3).double()
+    for x in torch.randn(4, 1, dim).double():
+        jacobian = torch.autograd.functional.jacobian(lambda v: made(v, cond)[0], x).view(dim, dim)
+        assert made(x, cond)[1].item() == pytest.approx(torch.linalg.slogdet(jacobian).logabsdet.item(), abs=1e-9)
+
+
+def test_density_in_two_dimensions_integrates_to_one():
+    torch.manual_seed(1)
+    made = nir.GlowFlow(2, 3, num_blocks=3, depth=3, width=16).double()
+    axis = torch.linspace(-10, 10, 601).double()
+    grid = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        density = made.log_prob(grid, torch.randn(1, 3).double().expand(len(grid), 3)).exp()
+    assert density.sum().item() * float(axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=1e-3)
+
+
+def test_conditions_change_the_density():
+    made, x = flow(4), torch.randn(1, 4).double()
+    a, b = made.log_prob(x.expand(2, 4), torch.randn(2, 3).double())
+    assert abs(a - b) > 1e-2
+
+
+def test_scales_are_softly_clamped():
+    made = flow(4, num_blocks=1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(1e3)
+    _, log_det = made(torch.randn(5, 4).double(), torch.randn(5, 3).double())
+    assert log_det.abs().max() <= 4 * 2.0 * 0.636 * math.pi / 2         # four scales of at most clamp (2 / pi) (pi / 2)
+    assert log_det.abs().max() > 1
+
+
+def test_blocks_permute_differently_and_reproducibly():
+    a, b = nir.GlowFlow(16, 3), nir.GlowFlow(16, 3)
+    permutations = [tuple(block.permutation.tolist()) for block in a.blocks]
+    assert len(set(permutations)) == 5 and permutations == [tuple(block.permutation.tolist()) for block in b.blocks]
+    assert all(sorted(p) == list(range(16)) for p in permutations)
+
+
+def test_subnets_have_the_papers_depth_and_width():
+    linear = [m for m in nir.GlowFlow(128, 128).blocks[0].subnet1 if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(192, 128)] + [(128, 128)] * 6 + [(128, 128)]
+
+
+def test_flow_computes_in_float32_under_autocast():
+    made, x, cond = nir.GlowFlow(8, 8), torch.randn(3, 8), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = made.log_prob(x, cond)
+    assert inside.dtype == torch.float32 and torch.equal(inside, made.log_prob(x, cond))
+
+
+def test_flow_needs_two_dimensions():
+    with pytest.raises(UserError, match="two dimensions"):
+        nir.GlowFlow(1, 3)
+
+
+# ------------------------------------------------------------------------------------------------------- NIR term
+
+def criterion(name="proxyanchor", **options):
+    torch.manual_seed(2)
+    return nir.NIR(nir.LOSSES[name](4, 6), 6, **options).double()
+
+
+def test_nll_form_is_the_flows_negative_log_likelihood_given_the_own_proxy():
+    x, y = batch(D=6)
+    made = criterion(form="nll", nir_weight=0.5)
+    psi, rho = F.normalize(x), F.normalize(made.proxy_loss.proxies)
+    expected = -sum(made.flow.log_prob(psi[i:i + 1], rho[y[i]:y[i] + 1]) for i in range(len(x))) / len(x)
+    assert made.terms(x, y)["nir"].item() == pytest.approx(0.5 * expected.item(), rel=1e-12)
+
+
+def test_exp_form_is_the_released_exponential_and_weights_the_proxy_loss():
+    x, y = batch(D=6)
+    made = criterion(form="exp", proxy_weight=0.0075)
+    zeta, log_det = made.flow(F.normalize(x), F.normalize(made.proxy_loss.proxies)[y])
+    expected = sum(math.exp(0.5 * (zeta[i] ** 2).sum().item() - log_det[i].item()) for i in range(len(x))) / len(x)
+    terms = made.terms(x, y)
+    assert terms["nir"].item() == pytest.approx(expected, rel=1e-12)
+    assert terms["proxy"].item() == pytest.approx(0.0075 * made.proxy_loss(x, y).item(), rel=1e-12)
+
+
+def test_condition_is_the_nearest_centre_of_the_own_class():
+    x, y = batch(D=6)
+    made = criterion("softtriple", form="nll")
+    centres, rho = F.normalize(made.proxy_loss.proxies, dim=-1), []
+    for i in range(len(x)):
+        rho.append(max(centres[y[i]], key=lambda centre: centre.detach() @ x[i]))
+    expected = -made.flow.log_prob(F.normalize(x), torch.stack(rho)).mean()
+    assert made.terms(x, y)["nir"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_both_forms_reach_embeddings_proxies_and_flow():
+    for form in ("nll", "exp"):
+        x, y = batch(D=6)
+        made, x = criterion(form=form), x.requires_grad_()
+        made.terms(x, y)["nir"].backward()
+        assert x.grad.abs().sum() > 0 and made.proxy_loss.proxies.grad.abs().sum() > 0
+        assert all(p.grad.abs().sum() > 0 for p in made.flow.parameters() if p.dim() == 2)
+
+
+def test_exponential_form_goes_silent_where_the_flow_fits_and_the_plain_one_does_not():
+    """d exp(u) = exp(u) du: at a likelihood e^100 times higher the exponential's pull is e^-100 of the plain one's."""
+    x, y = batch(D=6)
+    made = criterion(form="exp")
+    x = x.requires_grad_()
+    norms = {}
+    for form in ("nll", "exp"):
+        made.form = form
+        for shift in (0.0, 100.0):                 # a flow that fits: the same with 100 nats of likelihood added
+            made.flow.forward = lambda psi, rho, s=shift: (lambda z, d: (z, d + s))(*nir.GlowFlow.forward(made.flow, psi, rho))
+            norms[form, shift] = torch.autograd.grad(made.nir(x, y), x)[0].norm().item()
+    assert norms["nll", 100.0] == pytest.approx(norms["nll", 0.0])
+    assert norms["exp", 100.0] < 1e-40 * norms["exp", 0.0]
+
+
+def test_without_a_weight_there_is_no_flow_and_the_loss_is_the_proxy_loss():
+    x, y = batch(D=6)
+    made = criterion(nir_weight=0)
+    assert list(made.terms(x, y)) == ["proxy"] and made.terms(x, y)["proxy"].equal(made.proxy_loss(x, y))
+    assert sum(len(group["params"]) for group in made.groups(1.0)) == 1
+
+
+def test_learning_rates_are_multiples_of_the_base_rate():
+    groups = criterion(proxy_lr=4000, flow_lr=50).groups(1e-5)
+    assert [group["lr"] for group in groups] == pytest.approx([0.04, 5e-4])
+    assert all("weight_decay" not in group for group in groups)
+
+
+# -------------------------------------------------------------------------------------------------------- presets
+
+def settings(monkeypatch, *argv):
+    caught = {}
+    monkeypatch.setattr(common, "train", lambda args, *_: caught.update(vars(args)))
+    nir.main(list(argv))
+    return caught
+
+
+def test_presets_are_the_papers(monkeypatch):
+    cub = settings(monkeypatch, "--dataset", "cub200", "--embed_dim", "512")
+    assert (cub["arch"], cub["weights"], cub["image_size"], cub["lr"], cub["weight_decay"], cub["epochs"]) == (
+        "resnet50", "imagenet", 224, 1e-5, 4e-4, 100)
+    assert (cub["nir_form"], cub["nir_weight"], cub["proxy_weight"], cub["proxy_lr"], cub["flow_lr"]) == (
+        "exp", 1.0, 0.0075, 4000, 50)
+    sop = settings(monkeypatch, "--dataset", "sop")
+    assert (sop["epochs"], sop["lr_steps"], sop["lr_gamma"], sop["warmup"], sop["flow_lr"]) == (300, [140, 230], 0.2, 5, 1)
+    cars = settings(monkeypatch, "--dataset", "cars196", "--embed_dim", "512")
+    assert (cars["lr_steps"], cars["lr_gamma"], cars["proxy_weight"]) == ([34], 0.25, 0.01)
+    baseline = settings(monkeypatch, "--dataset", "cub200", "--nir_weight", "0")
+    assert (baseline["proxy_lr"], baseline["proxy_weight"], baseline["nir_weight"]) == (2000, 1.0, 0)
+
+
+def test_the_command_line_beats_the_preset(monkeypatch):
+    given = settings(monkeypatch, "--epochs", "3", "--proxy_lr", "7", "--nir_form", "exp", "--lr_steps")
+    assert (given["epochs"], given["proxy_lr"], given["nir_form"], given["lr_steps"]) == (3, 7, "exp", [])
+
+
+def test_nir_acts_fades_and_pulls_as_the_gradient_shares_say():
+    """On free embeddings: the plain form shrinks each class to a point, the exponential form stops acting."""
+    torch.manual_seed(0)
+    y = torch.arange(8).repeat_interleave(3)
+    start = torch.randn(24, 16)
+    spread, share = {}, {}
+    for form in ("nll", "exp"):
+        torch.manual_seed(0)
+        made = nir.NIR(nir.ProxyAnchor(8, 16), 16, form=form, nir_weight=0.5)
+        x = start.clone().requires_grad_()
+        adam = torch.optim.Adam([{"params": [x, made.proxy_loss.proxies], "lr": 0.03},
+                                 {"params": made.flow.parameters(), "lr": 1e-3}])
+        for _ in range(200):
+            terms = made.terms(x, y)
+            adam.zero_grad()
+            sum(terms.values()).backward()
+            adam.step()
+        share[form] = common.gradient_shares(made.terms(x, y), x)["grad_share_nir"]
+        spread[form] = 1 - made.log_values(x.detach(), y)["class_cosine"]
+    assert share["exp"] < 0.01 < 0.3 < share["nll"]
+    assert spread["nll"] < 0.5 * spread["exp"]
