@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import sys
 import time
@@ -120,9 +119,9 @@ def load_file(path, option):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{option} {path} does not exist") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:      # a file of other content makes the unpickler fail in any way whatever
         raise UserError(f"{option} {path} is not a checkpoint, or holds more than tensors and plain values: "
-                        f"it was not opened ({str(error).splitlines()[0][:80]})") from None
+                        f"it was not opened ({type(error).__name__})") from None
 
 
 def save_file(path, content):
@@ -155,7 +154,7 @@ def parser(description, epilog):
     p.add_argument("--embed_dim", type=positive(int), help="D (default: 128; toy 64)")
     p.add_argument("--epochs", type=positive(int), help="default: by preset")
     p.add_argument("--warmup", type=int, help="epochs in which the backbone stays as it is (default: by preset)")
-    p.add_argument("--batch_size", type=positive(int), help="two images per class (default: by preset)")
+    p.add_argument("--batch_size", type=positive(int), help="two images per class (default: 90, or less if need be)")
     p.add_argument("--lr", type=positive(float), help="Adam's rate for the network (default: by preset)")
     p.add_argument("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
     p.add_argument("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
@@ -196,11 +195,8 @@ def parse(p, preset, argv=None):
             if key not in free and value != saved.get(key, value):
                 raise UserError(f"--{key} {value} contradicts the run in {args.resume}, which has {saved.get(key)}: "
                                 "leave the option out to resume, or start a new run")
-        args = argparse.Namespace(**{**saved, **{k: getattr(args, k) for k in ("resume", "device")}})
-        args.out = str(Path(args.resume).parent)
-        for key in ("data_root", "workers"):
-            setattr(args, key, getattr(given, key))
-        return args
+        given.resume, given.out = args.resume, str(Path(args.resume).parent)
+        return argparse.Namespace(**{**saved, **{key: getattr(given, key) for key in free}})
     toy = args.dataset == "toy"
     args.arch = args.arch or ("conv4" if toy else "resnet50")
     args.embed_dim = args.embed_dim or (64 if toy else 128)
@@ -220,6 +216,15 @@ def parse(p, preset, argv=None):
     if args.arch == "conv4" and args.weights == "imagenet":
         raise UserError("--weights imagenet needs --arch resnet50: there are no ImageNet weights for conv4")
     return args
+
+
+def preset_table(rows):
+    """{title: settings} as aligned text for --help."""
+    names = list(dict.fromkeys(name for settings in rows.values() for name in settings))
+    lines = [["", *names]] + [[title, *(str(settings.get(name, "")).replace(" ", "") for name in names)]
+                              for title, settings in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def make_device(name):
@@ -313,6 +318,7 @@ def train(args, criterion, name, setup=None):
     device = make_device(args.device)
     train_split, val_split, test_split = load_splits(args)
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
+    args.batch_size = args.batch_size or min(90, data.largest_batch(train_split.labels))
     batches = data.ClassBatches(train_split.labels, args.batch_size, seed=args.seed)
     seed_all(args.seed)
     network = build_network(args, checkpoint).to(device)
@@ -394,9 +400,9 @@ def train(args, criterion, name, setup=None):
     for title in ("last", "best"):
         saved = load_checkpoint(out / f"{title}.pt", "checkpoint")
         rows = embed(build_network(args, saved).to(device), test_split, args, device)
-        columns[f"{title} (epoch {saved['epoch']})"] = evaluate.all_metrics(rows, test_split.labels.to(device), ks, seed=0)
+        columns[title] = {"epoch": saved["epoch"], **evaluate.all_metrics(rows, test_split.labels.to(device), ks)}
     print(f"\ntest classes; the best epoch is chosen by {judged} Recall@1\n" + evaluate.table(columns), flush=True)
-    save_file(out / "metrics.json", json.dumps(columns, indent=1))
+    save_file(out / "results.json", json.dumps(columns, indent=1))
     print(f"\npictures: python evaluate.py --checkpoint {out / 'best.pt'} --pictures")
     return columns
 

@@ -149,7 +149,7 @@ def read_mat(path, variable=None, file_field=None, names_variable=None):
             return mat
         rows = [(str(row[file_field]), int(row["class"])) for row in np.atleast_1d(mat[variable])]
         return rows, [str(name) for name in mat[names_variable]] if names_variable else None
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, scipy.io.matlab.MatReadError) as error:
         raise UserError(f"{path} is not a readable Cars196 annotation file ({error}): fetch it again") from None
 
 
@@ -446,30 +446,39 @@ class Images(torch.utils.data.Dataset):
         return image, self.split.labels[index]
 
 
+def largest_batch(labels, per_class=2):
+    """Two images of each class; where classes are few but large, a quarter of the images."""
+    return max(per_class * len(labels.unique()), len(labels) // 4 // per_class * per_class)
+
+
 class ClassBatches:
     """Batches of `per_class` images of each of `batch_size / per_class` different classes, drawn at random.
 
     A class's images are shuffled and cut into groups, and each batch takes the next group of the classes it draws. A
     class is drawn in proportion to the groups it has left; one with as many groups left as there are batches left
-    must be in all of them. So every image is seen in every epoch, twice at most where groups are filled up. (Unless a
-    class has more groups than the epoch has batches: then as many as fit, other ones each epoch.)
+    must be in all of them. So every image is seen in every epoch, some twice where groups are filled up. (Unless a
+    class has more groups than the epoch has room for: then as many as fit, other ones each epoch.) With too few
+    classes for a batch each gives several groups, with a warning.
 
     Yields lists of (image index, augmentation seed); all of it follows from the seed and `epoch` alone.
     Raises UserError for a batch size that does not fit.
     """
 
     def __init__(self, labels, batch_size, per_class=2, seed=0):
-        self.members = [torch.nonzero(labels == c).flatten() for c in range(int(labels.max()) + 1)]
         if batch_size < per_class or batch_size % per_class:
             raise UserError(f"--batch_size {batch_size} is not a multiple of {per_class}, the images per class: "
                             f"try {max(per_class, batch_size - batch_size % per_class)}")
-        self.classes_per_batch = batch_size // per_class
-        if self.classes_per_batch > len(self.members):
-            raise UserError(f"--batch_size {batch_size} needs {self.classes_per_batch} classes with {per_class} images "
-                            f"each, but there are {len(self.members)}: use at most {per_class * len(self.members)}")
+        if batch_size > largest_batch(labels, per_class):
+            raise UserError(f"--batch_size {batch_size} is more than {len(labels)} images of {len(labels.unique())} "
+                            f"training classes allow: use at most {largest_batch(labels, per_class)}")
+        self.members = [torch.nonzero(labels == c).flatten() for c in range(int(labels.max()) + 1)]
         self.per_class, self.seed, self.epoch = per_class, seed, 0
         self.groups = torch.tensor([math.ceil(len(m) / per_class) for m in self.members])
-        self.length = math.ceil(int(self.groups.sum()) / self.classes_per_batch)
+        self.length = math.ceil(int(self.groups.sum()) / (batch_size // per_class))
+        self.everywhere, self.drawn = divmod(batch_size // per_class, len(self.members))
+        if self.everywhere and (self.everywhere > 1 or self.drawn):
+            warnings.warn(f"{len(self.members)} training classes cannot fill a batch of {batch_size} with {per_class} "
+                          f"images each: it holds up to {per_class * (self.everywhere + (self.drawn > 0))} of a class")
 
     def __len__(self):
         return self.length
@@ -477,15 +486,15 @@ class ClassBatches:
     def __iter__(self):
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         queues = [[] for _ in self.members]
-        left = self.groups.clamp(max=self.length)
+        left = (self.groups - self.everywhere * self.length).clamp(0, self.length)
         for batches_left in range(self.length, 0, -1):
             # Gumbel-top-k: a weighted draw without replacement. Classes with nothing left only fill up.
             keys = left.clamp(min=1e-9).log() - torch.rand(len(left), generator=rng).clamp(min=1e-30).log().neg().log()
             keys[left >= batches_left] = math.inf
-            chosen = keys.topk(self.classes_per_batch).indices
+            chosen = keys.topk(self.drawn).indices
             left[chosen] = (left[chosen] - 1).clamp(min=0)
             batch = []
-            for c in chosen.tolist():
+            for c in [*range(len(self.members))] * self.everywhere + chosen.tolist():
                 if len(queues[c]) < self.per_class:        # reshuffle; an incomplete last group is filled from here
                     fresh = self.members[c][torch.randperm(len(self.members[c]), generator=rng)].tolist()
                     while len(queues[c]) < self.per_class:

@@ -235,7 +235,7 @@ class NIR(nn.Module):
 # ------------------------------------------------------------------------------------------------------ the settings
 # proxy_lr and flow_lr are multiples of --lr. proxy_weight is the released code's w: it scales the proxy loss, not NIR.
 
-PAPER = dict(lr=1e-5, batch_size=90, lr_steps=[], lr_gamma=0.1, warmup=1, proxy_lr=4000, flow_lr=50,
+PAPER = dict(lr=1e-5, lr_steps=[], lr_gamma=0.1, warmup=1, proxy_lr=4000, flow_lr=50,
              nir_form="exp", nir_weight=1.0)
 PRESETS = {  # (data set, D) -> what differs from PAPER
     ("cub200", 128): dict(epochs=100, proxy_weight=0.0075),
@@ -247,7 +247,7 @@ PRESETS = {  # (data set, D) -> what differs from PAPER
 }
 BASELINE = dict(proxy_lr=2000, proxy_weight=1.0)          # with --nir_weight 0
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs.
-SCRATCH = dict(lr=1e-3, batch_size=90, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, flow_lr=1,
+SCRATCH = dict(lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, flow_lr=1,
                proxy_weight=1.0)
 SCRATCH_NIR = {"proxynca": ("nll", 0.001), "proxyanchor": ("nll", 0.001), "softtriple": ("nll", 0.001)}
 
@@ -262,10 +262,11 @@ def preset(args):
 
 
 def main(argv=None):
-    table = "\n".join(f"  {name:8} D={dim}: {PAPER | row}" for (name, dim), row in PRESETS.items())
-    p = common.parser(__doc__.split("\n\n")[0], "presets (proxy_lr, flow_lr: multiples of --lr)\n"
-                      f"{table}\n  --nir_weight 0: {BASELINE}\n  --weights none, toy: {SCRATCH}\n"
-                      f"    NIR's form and weight there, by loss: {SCRATCH_NIR}")
+    rows = {f"{name} D={dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
+    rows.update({"  with --nir_weight 0": BASELINE, "--weights none, toy": SCRATCH})
+    rows.update({f"  with --loss {loss}": dict(nir_form=form, nir_weight=w) for loss, (form, w) in SCRATCH_NIR.items()})
+    p = common.parser(__doc__.split("\n\n")[0], "presets (proxy_lr and flow_lr are multiples of --lr):\n"
+                      + common.preset_table(rows))
     p.add_argument("--loss", choices=LOSSES, default="proxyanchor", help="default: proxyanchor")
     p.add_argument("--nir_form", choices=("nll", "exp"), help="nll: the paper's; exp: the released code's (default: by preset)")
     p.add_argument("--nir_weight", type=float, help="0: the baseline without NIR (default: by preset)")

@@ -1,0 +1,371 @@
+"""How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
+
+In reading order: retrieval (Recall@k, mAP@k, MAP@R), clustering (NMI, F1), structure (uniformity, spectral decay,
+density, variance of concentrations), the table, the pictures. Everything is exact, needs no pairwise matrix in memory
+at once (Stanford Online Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
+
+    python evaluate.py --checkpoint runs/NAME/best.pt --pictures
+"""
+import argparse
+import json
+import math
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+import data
+from data import UserError, progress
+
+CHUNK = 2 ** 25    # entries of an (N, N) matrix held at a time: 128 MiB in float32
+TIE = 1e-6         # cosines closer than this are equal: float32 products differ by nearly as much with their place in
+                   # the matrix, and a network that has collapsed must not live on its rounding errors
+
+
+def check(embeddings, labels=None):
+    """(embeddings in float32 or float64 without gradient, labels renumbered 0 .. C-1), or a UserError."""
+    if embeddings.dim() != 2 or embeddings.shape[0] < 2 or embeddings.shape[1] < 1:
+        raise UserError(f"embeddings of shape {tuple(embeddings.shape)} cannot be evaluated: give (N, D) with N >= 2")
+    if not embeddings.isfinite().all():
+        bad = int((~embeddings.isfinite()).any(1).sum())
+        raise UserError(f"{bad} of {len(embeddings)} embeddings hold NaN or infinity: the network has diverged, "
+                        "try a smaller learning rate")
+    embeddings = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
+    if labels is None:
+        return embeddings
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+        raise UserError(f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit {len(embeddings)} "
+                        "embeddings: give one integer for each")
+    return embeddings, labels.to(embeddings.device).unique(return_inverse=True)[1]
+
+
+def check_ks(ks):
+    if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
+        raise UserError(f"k = {list(ks)} cannot be evaluated: give positive whole numbers")
+
+
+# ------------------------------------------------------------------------------------------------------ retrieval
+
+def comparisons(embeddings, labels, what):
+    """For chunks of queries: cosine to the relatives (same class, not the query itself) and to the strangers.
+
+    Yields relatives (B, M), closest first, filled up with -inf, and strangers (B, N), -inf where no stranger is.
+    """
+    embeddings = F.normalize(embeddings, dim=1)                       # leaves a zero vector zero: cosine 0 to all
+    order, counts = labels.argsort(stable=True), labels.bincount()    # order: the members of class 0, of class 1, ...
+    first = counts.cumsum(0) - counts                                 # where a class begins in order
+    queries = order[counts[labels[order]] > 1]
+    if len(queries) == 0:
+        raise UserError("no class has two images, so there is nothing to retrieve: evaluate on other data")
+    if len(queries) < len(labels):
+        warnings.warn(f"{len(labels) - len(queries)} of {len(labels)} images are alone in their class and are left out "
+                      "as queries")
+    # Queries go by class, so that M is the largest class of the chunk and not of the whole data set.
+    chunks = queries.split(max(1, CHUNK // len(labels)))
+    for query in progress(chunks, len(chunks), what):
+        label = labels[query]
+        slot = torch.arange(int(counts[label].max()), device=label.device)
+        member = order[(first[label].unsqueeze(1) + slot).clamp(max=len(order) - 1)]        # (B, M + 1)
+        absent = (slot >= counts[label].unsqueeze(1)) | (member == query.unsqueeze(1))      # always true for one slot
+        member = torch.where(absent, query.unsqueeze(1), member)
+        cosine = embeddings[query] @ embeddings.T                                           # (B, D) @ (D, N) -> (B, N)
+        relatives = cosine.gather(1, member).masked_fill(absent, -math.inf)
+        yield relatives.sort(dim=1, descending=True).values[:, :-1], cosine.scatter_(1, member, -math.inf)
+
+
+def recall_at_k(embeddings, labels, ks):
+    """Recall@k {k: fraction of queries with a relative among the k nearest by cosine} of (N, D) embeddings.
+
+    No sorting: it is a hit when fewer than k strangers are at least as close as the closest relative. A tie counts
+    against the query, so that a network which maps all images to one point scores 0 (an argsort may give it 100 %).
+    Images alone in their class are no queries (warning). Raises UserError if no query is left.
+    """
+    check_ks(ks)
+    ahead = torch.cat([(strangers >= relatives[:, :1] - TIE).sum(1)
+                       for relatives, strangers in comparisons(*check(embeddings, labels), "recall: queries")])
+    return {k: (ahead < k).double().mean().item() for k in ks}
+
+
+def mean_average_precisions(embeddings, labels, ks):
+    """A list of mAP@k, one for each k of `ks`, in a single pass; k = None stands for R, the query's own number."""
+    check_ks([k for k in ks if k is not None] or [1])
+    totals, queries = [0.0] * len(ks), 0
+    for relatives, strangers in comparisons(*check(embeddings, labels), "mAP: queries"):
+        present = relatives > -math.inf
+        R = present.sum(1, keepdim=True)
+        # The j-th closest relative is at position j + strangers at least as close; the k closest of them are enough.
+        cap = min(strangers.shape[1], max(relatives.shape[1] if k is None else k for k in ks))
+        closest = strangers.topk(cap).values                                                          # (B, cap)
+        j = torch.arange(1, relatives.shape[1] + 1, device=R.device)
+        position = j + torch.searchsorted(-closest, TIE - relatives, right=True)                      # (B, M)
+        for i, k in enumerate(ks):
+            limit = R if k is None else torch.full_like(R, k)
+            precision = torch.where(present & (position <= limit), j / position, 0.0)
+            totals[i] += (precision.sum(1, keepdim=True, dtype=torch.float64) / R.minimum(limit)).sum().item()
+        queries += len(R)
+    return [total / queries for total in totals]
+
+
+def mean_average_precision(embeddings, labels, k=1000):
+    """mAP@k in [0, 1] by cosine: the precision at each relative within the k nearest, summed, over min(R, k).
+
+    R is the query's number of relatives. Ties, queries without relatives and errors as in `recall_at_k`.
+    """
+    return mean_average_precisions(embeddings, labels, [k])[0]
+
+
+def map_at_r(embeddings, labels):
+    """MAP@R in [0, 1]: mAP@k with k = R (Musgrave et al. 2020, "A Metric Learning Reality Check")."""
+    return mean_average_precisions(embeddings, labels, [None])[0]
+
+
+# ----------------------------------------------------------------------------------------------------- clustering
+
+def k_means(embeddings, k, seed=0, iterations=100):
+    """(N,) clusters of (N, D) points: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd until nothing changes."""
+    x = embeddings - embeddings.mean(0)            # distances stay, and their expansion |x|^2 - 2xc + |c|^2 loses less
+    square = x.square().sum(1)
+    uniform = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)     # on any device
+    chosen, nearest = [], torch.ones_like(square)
+    for i in progress(range(k), k, "k-means: centres"):
+        cumulative = nearest.double().cumsum(0)                                   # draws in proportion to distance^2
+        at = torch.searchsorted(cumulative, cumulative[-1:] * uniform[i], right=True).clamp(max=len(x) - 1)
+        distance = (square - 2 * (x @ x[at[0]]) + square[at]).clamp(min=0)
+        nearest = distance if i == 0 else nearest.minimum(distance)
+        chosen.append(at)
+    centres, clusters = x[torch.cat(chosen)], None
+    for _ in progress(range(iterations), iterations, "k-means: at most"):
+        parts = [torch.addmm(centres.square().sum(1), part, centres.T, alpha=-2).min(1)             # (B, k) -> (B,)
+                 for part in x.split(max(1, CHUNK // k))]
+        previous, clusters = clusters, torch.cat([part.indices for part in parts])
+        if previous is not None and torch.equal(clusters, previous):
+            break
+        counts = clusters.bincount(minlength=k)
+        centres = torch.zeros_like(centres).index_add_(0, clusters, x) / counts.clamp(min=1).unsqueeze(1)
+        empty = (counts == 0).nonzero().flatten()
+        if len(empty):                             # an empty cluster begins anew at the point worst served
+            centres[empty] = x[(square + torch.cat([part.values for part in parts])).topk(len(empty)).indices]
+    return clusters
+
+
+def partition_scores(clusters, labels):
+    """{"nmi", "f1"} in [0, 1] of two (N,) partitions.
+
+    NMI = 2 I(labels; clusters) / (H(labels) + H(clusters)). F1 (Song et al. 2016) is over pairs of images: a pair in
+    one cluster is right if it is in one class. Only the non-empty cells of the contingency table are ever stored.
+    """
+    clusters, labels = clusters.unique(return_inverse=True)[1], labels.unique(return_inverse=True)[1]
+    joint = clusters * (labels.max() + 1) + labels
+    sizes = [part.unique(return_counts=True)[1].double() for part in (clusters, labels, joint)]
+    entropy = [-(n / n.sum() * (n / n.sum()).log()).sum().item() for n in sizes]
+    pairs = [(n * (n - 1) / 2).sum().item() for n in sizes]
+    # Two partitions without any information, or any pair, are the same partition: 1.
+    nmi = 2 * (entropy[0] + entropy[1] - entropy[2]) / (entropy[0] + entropy[1]) if entropy[0] + entropy[1] > 0 else 1.0
+    f1 = 2 * pairs[2] / (pairs[0] + pairs[1]) if pairs[0] + pairs[1] > 0 else 1.0
+    return {"nmi": min(1.0, max(0.0, nmi)), "f1": f1}
+
+
+def clustering(embeddings, labels, seed=0):
+    """{"nmi", "f1"} of k-means with k = the number of classes, by Euclidean distance on (N, D) embeddings as given."""
+    embeddings, labels = check(embeddings, labels)
+    return partition_scores(k_means(embeddings, int(labels.max()) + 1, seed), labels)
+
+
+# ------------------------------------------------------------------------------------------------------ structure
+
+def uniformity(embeddings):
+    """G2 = log mean_{i<j} exp(-2 ||x_i - x_j||^2), at most 0, of (N, D) embeddings as given (Wang and Isola 2020).
+
+    The lower, the more evenly the embeddings fill the sphere; 0 means that all of them are one point.
+    """
+    x = check(embeddings)
+    x = x - x.mean(0)                              # distances stay, and their expansion loses fewer digits
+    square, size, rows = x.square().sum(1), max(1, CHUNK // len(x)), []
+    for start in progress(range(0, len(x), size), math.ceil(len(x) / size), "uniformity: rows"):
+        part = slice(start, start + size)
+        energy = torch.addmm(square[start:], x[part], x[start:].T, alpha=-2).add_(square[part].unsqueeze(1))
+        energy = energy.clamp_(min=0).mul_(-2)                                                  # (B, N - start)
+        below = torch.ones(len(energy), len(energy), dtype=torch.bool, device=x.device).tril()  # i >= j
+        energy[:, :len(energy)].masked_fill_(below, -math.inf)
+        rows.append(energy.logsumexp(1).double())  # logarithms: distant points would underflow to log 0
+    return torch.cat(rows).logsumexp(0).item() - math.log(len(x) * (len(x) - 1) / 2)
+
+
+def spectral_decay(embeddings):
+    """rho = KL(uniform || normalised singular values of the (N, D) embedding matrix as given), at least 0.
+
+    0 if all min(N, D) directions carry the same; the larger, the fewer of them are in use (Roth et al. 2020,
+    "Revisiting Training Strategies and Generalization Performance in Deep Metric Learning"). A singular value below
+    float32's resolution of the largest (1.2e-7) counts as that much, so that an unused direction costs a finite sum.
+    """
+    # Not from the (D, D) Gram matrix: its eigenvalues are squares, and the small singular values weigh most here.
+    values = torch.linalg.svdvals(check(embeddings).double())
+    values = values.clamp(min=max(values[0].item() * torch.finfo(torch.float32).eps, 1e-300))
+    return max(0.0, -math.log(len(values)) - (values / values.sum()).log().mean().item())
+
+
+def class_sums(embeddings, labels):
+    """Per class: the sum of its unit vectors (C, D), the sum of their squares (C,), their number (C,); in float64."""
+    x = F.normalize(embeddings.double(), dim=1)
+    counts = labels.bincount()
+    sums = x.new_zeros(len(counts), x.shape[1]).index_add_(0, labels, x)
+    return sums, x.new_zeros(len(counts)).index_add_(0, labels, x.square().sum(1)), counts
+
+
+def mean_cosine_distance(sums, squares, counts):
+    """Mean over all pairs of n unit vectors: 1 - (||sum x||^2 - sum ||x||^2) / (n (n - 1))."""
+    return 1 - (sums.square().sum(-1) - squares) / (counts * (counts - 1))
+
+
+def density(embeddings, labels):
+    """pi_density: mean over classes of the mean cosine distance within a class, over that between the class means.
+
+    Within: classes of two images or more. Between: all pairs of normalised class means, clamped at 1e-12 for a network
+    that has collapsed. At least 0, small for tight classes far apart; nan with a single class or no pair in any.
+    """
+    sums, squares, counts = class_sums(*check(embeddings, labels))
+    paired = counts > 1
+    within = mean_cosine_distance(sums[paired], squares[paired], counts[paired]).clamp(min=0).mean()
+    means = F.normalize(sums, dim=1)
+    between = mean_cosine_distance(means.sum(0), means.square().sum(), torch.tensor(len(means))).clamp(min=1e-12)
+    return (within / between).item()               # a single class: 0 / 0 pairs, which is nan
+
+
+def concentration_variance(embeddings, labels):
+    """sigma^2_kappa: variance over classes (of two images or more) of their von Mises-Fisher concentration.
+
+    kappa = R (D - R^2) / (1 - R^2) with the mean resultant length R (Banerjee et al. 2005), 1 - R^2 at least 1e-6.
+    The estimator of the NIR paper is not known, so compare these values with each other only. R is never near 0 for
+    few images (about 1 / sqrt(n) for n random ones): small classes look more concentrated than they are.
+    """
+    sums, _, counts = class_sums(*check(embeddings, labels))
+    R = sums[counts > 1].norm(dim=1) / counts[counts > 1]
+    kappa = R * (sums.shape[1] - R.square()) / (1 - R.square()).clamp(min=1e-6)
+    return kappa.var(correction=0).item()
+
+
+def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
+    """All of the above as {name: number}, for the L2-normalised (N, D) embeddings; `seed` is that of k-means."""
+    embeddings, labels = check(embeddings, labels)
+    embeddings = F.normalize(embeddings, dim=1)
+    metrics = {f"recall@{k}": value for k, value in recall_at_k(embeddings, labels, ks).items()}
+    metrics["map@1000"], metrics["map@r"] = mean_average_precisions(embeddings, labels, [1000, None])
+    return {**metrics, **clustering(embeddings, labels, seed), "uniformity": uniformity(embeddings),
+            "spectral_decay": spectral_decay(embeddings), "density": density(embeddings, labels),
+            "concentration_variance": concentration_variance(embeddings, labels)}
+
+
+# ---------------------------------------------------------------------------------------------------------- table
+
+def table(columns):
+    """Plain text of {title: metrics}: a row per metric, fractions in percent, "-" where a column lacks the metric."""
+    def cell(name, metrics):
+        if name not in metrics:
+            return "-"
+        fraction = name.startswith(("recall@", "map@")) or name in ("nmi", "f1")
+        return f"{100 * metrics[name]:.1f} %" if fraction else f"{metrics[name]:.4g}"
+
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    rows = [["", *columns]] + [[name, *(cell(name, metrics) for metrics in columns.values())] for name in names]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+RIGHT, WRONG, NEUTRAL = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1), (0.6, 0.6, 0.6)
+BORDER = 4
+
+
+def framed(image, colour):
+    """A picture (3, H, W) in [0, 1] with a border, its shorter side brought to 64 .. 112 pixels."""
+    image, side = image.detach().float().cpu(), min(image.shape[1:])
+    scale = math.ceil(64 / side) if side < 64 else min(1.0, 112 / side)     # whole multiples keep small pixels square
+    image = F.interpolate(image[None], scale_factor=scale, mode="nearest" if side < 64 else "area")[0]
+    frame = torch.tensor(colour).view(3, 1, 1).repeat(1, image.shape[1] + 2 * BORDER, image.shape[2] + 2 * BORDER)
+    frame[:, BORDER:-BORDER, BORDER:-BORDER] = image
+    return frame
+
+
+def save_retrieval(path, image, embeddings, labels, num_queries=10, neighbours=5, seed=0):
+    """A picture file: each row a random query (grey border) and its nearest images, green if right, red if wrong.
+
+    `image(i)` gives picture i, (3, H, W) in [0, 1], all of one size; it is called for those shown alone. Queries have
+    a relative; UserError if there is none.
+    """
+    embeddings, labels = check(embeddings, labels)
+    possible = (labels.bincount()[labels] > 1).nonzero().flatten().cpu()
+    if len(possible) == 0:
+        raise UserError("no class has two images, so there is no retrieval to show: evaluate on other data")
+    rng = torch.Generator().manual_seed(seed)
+    queries = possible[torch.randperm(len(possible), generator=rng)[:num_queries]].to(labels.device)
+    embeddings = F.normalize(embeddings, dim=1)
+    cosine = (embeddings[queries] @ embeddings.T).scatter_(1, queries.unsqueeze(1), -math.inf)     # not itself
+    nearest = cosine.topk(min(neighbours, len(labels) - 1)).indices                                # (Q, neighbours)
+    tiles = []
+    for query, found in zip(queries, nearest):
+        right = labels[found] == labels[query]
+        tiles.append(framed(image(int(query)), NEUTRAL))
+        tiles += [framed(image(i), RIGHT if ok else WRONG) for i, ok in zip(found.tolist(), right.tolist())]
+    save_image(make_grid(tiles, nrow=1 + nearest.shape[1], pad_value=1), path)
+
+
+def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
+    """A picture file: each row a class, its `each` images of lowest norm at the left, of highest at the right.
+
+    Takes the un-normalised (N, D) embeddings, and `image` as in `save_retrieval`. The classes are evenly spaced among
+    those with enough images; UserError if all classes have one image.
+    """
+    embeddings, labels = check(embeddings, labels)
+    counts, norms = labels.bincount(), embeddings.norm(dim=1)
+    each = min(each, int(counts.max()) // 2)
+    if each < 1:
+        raise UserError("no class has two images, so there are no norms to compare: evaluate on other data")
+    shown = (counts >= 2 * each).nonzero().flatten()
+    low, high, rows = [], [], min(classes, len(shown))
+    for i in range(rows):
+        members = (labels == shown[i * len(shown) // rows]).nonzero().flatten()
+        members = members[norms[members].argsort()].tolist()
+        low += [framed(image(m), NEUTRAL) for m in members[:each]]
+        high += [framed(image(m), NEUTRAL) for m in members[-each:]]
+    left, right = (make_grid(tiles, nrow=each, pad_value=1) for tiles in (low, high))
+    save_image(torch.cat([left, torch.ones(3, left.shape[1], 6 * BORDER), right], dim=2), path)
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+def main(argv=None):
+    import common                                  # here, not above: common's training loop uses this file's metrics
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run; its settings are used")
+    p.add_argument("--data_root", help="where the data set is now (default: where it was)")
+    p.add_argument("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    p.add_argument("--workers", type=int, help="processes that load images (default: as in the run)")
+    given = p.parse_args(argv)
+    checkpoint = common.load_checkpoint(given.checkpoint, "--checkpoint")
+    changed = {key: value for key, value in vars(given).items() if value is not None}
+    args = argparse.Namespace(**{**checkpoint["args"], **changed})
+    device, folder = common.make_device(args.device), Path(given.checkpoint).parent
+    test = common.load_splits(args)[2]
+    embeddings = common.embed(common.build_network(args, checkpoint).to(device), test, args, device)
+    metrics = {"epoch": checkpoint["epoch"],
+               **all_metrics(embeddings, test.labels, (1, 10, 100, 1000) if args.dataset == "sop" else (1, 2, 4, 8))}
+    print(table({Path(given.checkpoint).name: metrics}))
+    common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
+    if given.pictures:
+        def image(i):                              # as the network sees it, in the colours before normalisation
+            return (shown[i][0] * std + mean).clamp(0, 1)
+        shown = data.Images(test, data.test_transform(args.image_size, args.augment))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.NORMALIZE.mean, data.NORMALIZE.std))
+        save_retrieval(folder / "retrieval.png", image, embeddings, test.labels)
+        save_norm_extremes(folder / "norms.png", image, embeddings, test.labels)
+        print(f"pictures: {folder / 'retrieval.png'} (query, then its nearest; green right, red wrong), "
+              f"{folder / 'norms.png'} (a class a row, norms growing from left to right)")
+
+
+if __name__ == "__main__":
+    import common
+    common.command(main)

@@ -1,0 +1,387 @@
+"""The network, the loop and its checkpoints; whole runs as a user starts them; every mistake in one sentence."""
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import common
+import data
+import nir
+from data import UserError
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("DML_TEST_DATA", ROOT.parent / "shared" / "data"))
+SMALL = ["--dataset", "folder", "--arch", "conv4", "--image_size", "16", "--embed_dim", "8", "--batch_size", "8",
+         "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Eight classes of five noisy one-coloured pictures."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = torch.Generator().manual_seed(0)
+    for c in range(8):
+        colour = torch.rand(3, 1, 1, generator=rng)
+        for i in range(5):
+            path = root / f"class{c}" / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            noisy = (colour + 0.1 * torch.randn(3, 20, 20, generator=rng)).clamp(0, 1)
+            torchvision.utils.save_image(noisy, path)
+    return root
+
+
+def run(*argv, script="nir.py", **options):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}, timeout=250, **options)
+
+
+def train(photos, out, *argv, main=nir.main):
+    """A run in this process."""
+    main([*SMALL, "--data_root", str(photos), "--out", str(out), *map(str, argv)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def assert_same(a, b):
+    """Bit-identical, all the way down, but for the times and places of a run."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds", "out", "resume", "workers"}:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+# -------------------------------------------------------------------------------------------------------- network
+
+def test_resnet50_pools_torchvisions_features():
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet50().eval()
+    features = torch.nn.Sequential(*list(reference.children())[:-2])
+    x = torch.randn(2, 3, 64, 64)
+    for pooling in ("average", "double"):
+        network = common.Network("resnet50", 7, pooling=pooling, freeze_norm=True)
+        network.backbone.load_state_dict(features.state_dict())
+        maps = features(x)
+        pooled = maps.mean((2, 3)) + (maps.amax((2, 3)) if pooling == "double" else 0)
+        torch.testing.assert_close(network.train()(x), network.embedding(pooled))
+
+
+def test_conv4_is_four_blocks_of_64_channels():
+    network = common.Network("conv4", 5, image_size=48)
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [64] * 4 and network.embedding.in_features == 64 * 3 * 3
+    assert network(torch.randn(2, 3, 48, 48)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_frozen_batchnorm_stays_frozen_and_the_other_does_not(freeze):
+    network = common.Network("conv4", 4, image_size=16, freeze_norm=freeze).train()
+    before = {k: v.clone() for k, v in network.state_dict().items() if "running" in k}
+    network(3 + torch.randn(8, 3, 16, 16))
+    after = network.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before) == freeze
+
+
+def test_batchnorm_is_frozen_with_pretrained_weights_only(tmp_path):
+    state = torchvision.models.resnet50().state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    for weights, frozen in ((str(tmp_path / "weights.pth"), True), ("none", False)):
+        args = type("Args", (), dict(arch="resnet50", embed_dim=4, image_size=64, pooling="average", weights=weights))
+        network = common.build_network(args).train()
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert len(norms) == 53 and all(m.training != frozen for m in norms)
+        if frozen:
+            assert torch.equal(network.backbone[0].weight, state["conv1.weight"])
+            assert torch.equal(network.backbone[7][2].conv3.weight, state["layer4.2.conv3.weight"])
+
+
+def test_imagenet_weights_are_fetched_with_their_digest_checked(tmp_path, monkeypatch):
+    """Both through torchvision: the file, served from file://, has to match the digest in its name."""
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "x.pth")
+    digest = hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()[:8]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    entry = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    network = common.Network("resnet50", 4)
+    for name, fits in ((f"resnet50-{digest}.pth", True), ("resnet50-00000000.pth", False)):
+        (tmp_path / name).write_bytes((tmp_path / "x.pth").read_bytes())
+        monkeypatch.setattr(type(entry), "url", (tmp_path / name).as_uri(), raising=False)
+        if fits:
+            common.load_weights(network, "imagenet")
+        else:
+            with pytest.raises(UserError, match="fetch resnet50-00000000.pth by hand and give --weights PATH"):
+                common.load_weights(network, "imagenet")
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path.write_bytes(b"nothing"), "is not a checkpoint"),
+    (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "does not fit the network"),
+    (lambda path: torch.save([1, 2], path), "does not fit the network"),
+    (lambda path: None, "does not exist"),
+])
+def test_weights_that_do_not_fit_are_named(tmp_path, make, message):
+    path = tmp_path / "weights.pth"
+    make(path)
+    with pytest.raises(UserError, match=f"--weights .*weights.pth {message}"):
+        common.load_weights(common.Network("resnet50", 4), str(path))
+
+
+# ----------------------------------------------------------------------------------------------------------- loop
+
+def test_gradient_shares_are_those_of_the_terms():
+    x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    shares = common.gradient_shares({"a": 3 * x.sum(), "b": (x * x).sum() / 2, "c": torch.tensor(1.0)}, x)
+    a, b = 3 * 2 ** 0.5, 5 ** 0.5
+    assert shares == pytest.approx({"grad_share_a": a / (a + b), "grad_share_b": b / (a + b), "grad_share_c": 0})
+
+
+def test_a_run_writes_its_files_and_learns(photos, tmp_path, capsys):
+    saved = train(photos, tmp_path / "run", "--epochs", 3, "--val_fraction", 0.5, "--batch_size", 4)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "args.json", "best.pt", "last.pt", "log.csv", "results.json"]
+    rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {"proxy", "nir", "grad_share_proxy", "grad_share_nir", "val_recall@1", "seconds"} <= rows[0].keys()
+    assert float(rows[0]["grad_share_proxy"]) + float(rows[0]["grad_share_nir"]) == pytest.approx(1)
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert best["best"] == max(float(row["val_recall@1"]) for row in rows) and saved["epoch"] == 3
+    assert json.loads((tmp_path / "run/args.json").read_text())["epochs"] == 3
+    text = capsys.readouterr().out
+    assert text.count("images/s") == 3 and text.count("left  val Recall@1") == 3
+    for metric in ("recall@1", "recall@8", "map@1000", "map@r", "nmi", "f1", "uniformity", "spectral_decay", "density",
+                   "concentration_variance"):
+        assert f"\n{metric} " in text
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["last"]["epoch"] == 3 and set(results) == {"last", "best"}
+
+
+def test_warm_up_leaves_the_backbone_alone_and_trains_the_rest(photos, tmp_path):
+    torch.manual_seed(0)
+    start = common.Network("conv4", 8, 16)
+    saved = train(photos, tmp_path / "run", "--epochs", 1, "--warmup", 1)["network"]
+    weights = [k for k, _ in start.named_parameters()]
+    assert all(torch.equal(saved[k], start.state_dict()[k]) == k.startswith("backbone") for k in weights)
+    assert train(photos, tmp_path / "again", "--epochs", 2, "--warmup", 1)["network"]["backbone.0.0.weight"].ne(
+        saved["backbone.0.0.weight"]).any()
+
+
+def test_each_loss_parameter_has_its_own_rate_and_no_weight_decay_and_the_schedule_cuts_all(photos, tmp_path):
+    saved = train(photos, tmp_path / "run", "--epochs", 2, "--lr", 0.01, "--proxy_lr", 3, "--flow_lr", 5,
+                  "--lr_steps", 1, "--lr_gamma", 0.5)
+    groups = saved["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.005, 0.005, 0.015, 0.025])
+    assert [group["weight_decay"] for group in groups] == [4e-4, 4e-4, 0, 0]
+
+
+def test_the_number_of_workers_changes_no_number(photos, tmp_path):
+    a = train(photos, tmp_path / "a", "--epochs", 2)
+    b = train(photos, tmp_path / "b", "--epochs", 2, "--workers", 2)
+    assert_same(a, b)
+    c = train(photos, tmp_path / "c", "--epochs", 2, "--seed", 1)
+    assert not torch.equal(a["network"]["embedding.weight"], c["network"]["embedding.weight"])
+
+
+def test_a_run_killed_mid_epoch_and_resumed_equals_the_uninterrupted_one(photos, tmp_path):
+    whole = train(photos, tmp_path / "whole", "--epochs", 12)
+    argv = [*SMALL, "--data_root", str(photos), "--out", str(tmp_path / "killed"), "--epochs", "12"]
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "nir.py", *argv], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    for line in process.stdout:
+        if line.startswith("epoch   3/"):
+            break
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = torch.load(tmp_path / "killed/last.pt", weights_only=True)["epoch"]
+    assert 2 <= before < 12
+    nir.main(["--resume", str(tmp_path / "killed/last.pt")])
+    assert_same(torch.load(tmp_path / "killed/last.pt", weights_only=True), whole)
+    assert_same(torch.load(tmp_path / "killed/best.pt", weights_only=True),
+                torch.load(tmp_path / "whole/best.pt", weights_only=True))
+    assert_same(json.loads((tmp_path / "killed/results.json").read_text()),
+                json.loads((tmp_path / "whole/results.json").read_text()))
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save_file(tmp_path / "a.pt", {"x": 1})
+
+    def half(content, path):
+        Path(path).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        common.save_file(tmp_path / "a.pt", {"x": 2})
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
+
+
+def test_a_loss_that_is_not_finite_names_epoch_step_and_term_and_keeps_the_checkpoint(photos, tmp_path, monkeypatch):
+    calls, real = [], nir.NIR.nir
+
+    def breaks(self, embeddings, labels):
+        calls.append(1)
+        return real(self, embeddings, labels) * (float("nan") if len(calls) == 5 else 1)
+    monkeypatch.setattr(nir.NIR, "nir", breaks)
+    with pytest.raises(UserError, match="the loss term nir is not finite in epoch 2, step 2"):   # three steps an epoch
+        train(photos, tmp_path / "run", "--epochs", 4)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_a_run_never_overwrites_another(photos, tmp_path, monkeypatch):
+    train(photos, tmp_path / "run", "--epochs", 1)
+    with pytest.raises(UserError, match="already holds a run: resume it with --resume .*last.pt"):
+        train(photos, tmp_path / "run", "--epochs", 1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/x", "runs/x-2", "runs/x-3"):
+        args = type("Args", (), {"out": None, "resume": None})()
+        assert str(common.run_folder(args, "x")) == name
+        (tmp_path / name / "last.pt").touch()
+
+
+def test_toy_training_beats_an_untrained_network_by_a_wide_margin(tmp_path):
+    """A few epochs of the toy preset."""
+    from evaluate import recall_at_k
+    args = common.parse(*_nir_parser(), ["--device", "cpu"])
+    _, test = data.load("toy", None)
+    untrained = recall_at_k(common.embed(common.build_network(args), test, args, torch.device("cpu")), test.labels, [1])[1]
+    nir.main(["--device", "cpu", "--epochs", "3", "--nir_weight", "0", "--out", str(tmp_path)])
+    trained = json.loads((tmp_path / "results.json").read_text())["last"]["recall@1"]
+    assert untrained < 0.35 and trained > untrained + 0.15
+
+
+def _nir_parser():
+    p = common.parser("", "")
+    for option in ("loss", "nir_weight", "nir_form", "proxy_weight", "proxy_lr", "flow_lr"):
+        p.add_argument(f"--{option}", default="proxyanchor" if option == "loss" else None)
+    return p, nir.preset
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(photos, out, "--epochs", 1)
+    return out
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--dataset", "cars"], "invalid choice: 'cars'"),
+    (["--loss", "triplet"], "invalid choice: 'triplet'"),
+    (["--batch_size", "-2"], "-2 is not above zero"),
+    (["--lr", "fast"], "invalid positive float value: 'fast'"),
+    (["--nir_weight", "-1"], "--nir_weight and --proxy_weight cannot be negative"),
+    (["--val_fraction", "1.5"], "--val_fraction 1.5 is not in [0, 1)"),
+    (["--arch", "conv4", "--weights", "imagenet"], "--weights imagenet needs --arch resnet50"),
+    (["--device", "gpu"], "--device gpu cannot be used"),
+    (["--image_size", "8"], "--image_size 8 is too small"),
+    (["--batch_size", "7"], "--batch_size 7 is not a multiple of 2"),
+    (["--batch_size", "900"], "--batch_size 900 is more than 2000 images of 100 training classes allow: use at most 500"),
+    (["--dataset", "folder", "--data_root", "nowhere", "--arch", "conv4"], "the folder nowhere does not exist"),
+    (["--dataset", "cars196", "--data_root", ".", "--arch", "conv4"], "official address is dead"),
+    (["--resume", "nothing.pt"], "--resume nothing.pt does not exist"),
+    (["--out", "/proc/nothing"], "give another"),
+])
+def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        common.command(lambda: nir.main(argv))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and message in error[-1] and error[-1].count("error: ") == 1
+
+
+def test_a_broken_image_ends_a_run_with_its_name_also_from_a_worker_process(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos/class0/0.png").write_bytes(b"broken")
+    for workers in (0, 1):
+        done = run(*SMALL, "--data_root", tmp_path / "photos", "--workers", workers, "--out", tmp_path / f"out{workers}")
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}/photos/class0/0.png is not a readable")
+        assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"args": Code(), "network": {}, "epoch": 1}, "evil.pt")
+    for content in (b"text", b""):
+        Path("text.pt").write_bytes(content)
+        with pytest.raises(UserError, match="text.pt is not a checkpoint"):
+            common.load_checkpoint("text.pt", "--resume")
+    with pytest.raises(UserError, match="evil.pt is not a checkpoint, or holds more than tensors"):
+        common.load_checkpoint("evil.pt", "--resume")
+    assert not Path("executed").exists()
+    torch.save({"something": 1}, "other.pt")
+    with pytest.raises(UserError, match="other.pt is not a checkpoint of these scripts"):
+        common.load_checkpoint("other.pt", "--resume")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--arch", "resnet50"], "--arch resnet50 contradicts"), (["--dataset", "toy"], "--dataset toy contradicts"),
+    (["--nir_weight", "0.5"], "--nir_weight 0.5 contradicts")])
+def test_resuming_with_other_settings_names_the_contradiction(trained, argv, message):
+    with pytest.raises(UserError, match=message):
+        nir.main(["--resume", str(trained / "last.pt"), *argv])
+
+
+def test_resuming_on_other_data_is_refused(trained, photos, tmp_path):
+    for c in range(6):
+        shutil.copytree(photos / f"class{c}", tmp_path / f"class{c}")
+    saved = torch.load(trained / "last.pt", weights_only=True)
+    saved["args"]["batch_size"] = 6
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="does not fit this data set and loss"):
+        nir.main(["--resume", str(tmp_path / "last.pt"), "--data_root", str(tmp_path)])
+
+
+def test_a_checkpoint_whose_network_is_another_is_refused(trained, tmp_path):
+    saved = torch.load(trained / "last.pt", weights_only=True)
+    saved["args"]["arch"] = "resnet50"
+    with pytest.raises(UserError, match="does not hold the network its settings name"):
+        common.build_network(type("Args", (), saved["args"]), saved)
+
+
+# ---------------------------------------------------------------------------------------------------- as a user
+
+def test_evaluate_runs_alone_on_a_checkpoint(trained):
+    done = run("--checkpoint", trained / "best.pt", "--pictures", "--device", "cpu", script="evaluate.py")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((trained / "results.json").read_text())["best"]
+    assert json.loads((trained / "metrics.json").read_text()) == results and "map@1000" in done.stdout
+    for name in ("retrieval.png", "norms.png"):
+        assert Image.open(trained / name).size[0] > 100
+    done = run("--checkpoint", trained / "args.json", script="evaluate.py")
+    assert done.returncode == 2 and done.stderr.startswith("error: --checkpoint")
+
+
+def test_help_lists_every_option_with_its_default():
+    done = run("--help")
+    assert done.returncode == 0 and "nir_weight" in done.stdout and "Traceback" not in done.stderr
+    assert all("default" in block for block in done.stdout.split("presets (")[0].split("\n  --")[1:] if not block.startswith("resume"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="set DML_TEST_DATA to a folder with CUB_200_2011 and others")
+def test_real_drawings_train_and_evaluate(tmp_path):
+    done = run("--dataset", "folder", "--data_root", REAL / "omniglot", "--arch", "conv4", "--image_size", 16,
+               "--epochs", 1, "--device", "cpu", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["last"]["recall@1"] > 0.2
