@@ -69,12 +69,15 @@ def halves(paths, labels, class_names):
             Split([paths[i] for i in test], torch.as_tensor(labels[test] - half), class_names[half:]))
 
 
-def find(root, candidates, marker, help_text):
-    """The first of root/candidate that contains the file `marker`."""
-    for candidate in candidates:
-        if (Path(root) / candidate / marker).exists():
-            return Path(root) / candidate
-    raise UserError(f"{marker} was not found in {', '.join(str(Path(root) / c) for c in candidates)}: {help_text}")
+def find(root, folder, marker, url, md5):
+    """The folder below `root`, or `root` itself, that holds the file `marker`; downloaded if it is not there."""
+    for base in (Path(root) / folder, Path(root)):
+        if (base / marker).exists():
+            return base
+    if (Path(root) / folder).exists():
+        raise UserError(f"{Path(root) / folder} holds no {marker}: delete the folder to download it again")
+    fetch(root, url, md5, folder)
+    return Path(root) / folder
 
 
 def read_table(path, columns):
@@ -87,10 +90,7 @@ def read_table(path, columns):
 
 def load_cub200(root):
     """CUB200-2011: three text files joined by image id. 5,864 training and 5,924 test images."""
-    candidates = ("CUB_200_2011", "cub200", ".")
-    if not any((Path(root) / c / "images.txt").exists() for c in candidates):
-        fetch(root, CUB_URL, "97eceeb196236b17998738112f37df78", "CUB_200_2011")
-    base = find(root, candidates, "images.txt", "delete the folder to download CUB200-2011 again")
+    base = find(root, "CUB_200_2011", "images.txt", CUB_URL, "97eceeb196236b17998738112f37df78")
     names = read_table(base / "classes.txt", 2)
     label_of = {class_id: label for label, (class_id, _) in enumerate(names)}
     class_of = dict(read_table(base / "image_class_labels.txt", 2))
@@ -110,16 +110,11 @@ def load_cars196(root):
     8,054 training and 8,131 test images (classes 1-98 and 99-196 of all images, not the authors' own train and test).
     """
     root = Path(root)
-    for name, md5 in (("car_ims.tgz", "d5c8f0aa497503f355e17dc7886c3f14"),
-                      ("cars_annos.mat", "b407c6086d669747186bd1d764ff9dbc")):
-        # An archive that the user has brought is used as it is. A cars_annos.mat of another digest beside an unpacked
-        # car_ims/ may be a subset's own, so only the pair as published is checked.
-        if (root / "car_ims.tgz").exists() and not (root / "car_ims").exists():
-            check_md5(root / name, md5)
-    if (root / "car_ims.tgz").exists() and not (root / "car_ims").exists():
+    if (root / "car_ims.tgz").exists() and not (root / "car_ims").exists():       # brought by the user
+        check_md5(root / "car_ims.tgz", "d5c8f0aa497503f355e17dc7886c3f14")
+        check_md5(root / "cars_annos.mat", "b407c6086d669747186bd1d764ff9dbc")
         unpack(root / "car_ims.tgz", root, "car_ims")
-    candidates = [root / "stanford_cars", root / "cars196", root]
-    for base in candidates:
+    for base in (root / "stanford_cars", root / "cars196", root):
         if (base / "cars_annos.mat").exists() and (base / "car_ims").is_dir():
             rows, names = read_mat(base / "cars_annos.mat", "annotations", "relative_im_path", "class_names")
             break
@@ -155,10 +150,7 @@ def read_mat(path, variable=None, file_field=None, names_variable=None):
 
 def load_sop(root):
     """Stanford Online Products by its own lists: 11,318 classes, 59,551 images train; 11,316, 60,502 test."""
-    candidates = ("Stanford_Online_Products", "sop", ".")
-    if not any((Path(root) / c / "Ebay_train.txt").exists() for c in candidates):
-        fetch(root, SOP_URL, "7f73d41a2f44250d4779881525aea32e", "Stanford_Online_Products")
-    base = find(root, candidates, "Ebay_train.txt", "delete the folder to download SOP again")
+    base = find(root, "Stanford_Online_Products", "Ebay_train.txt", SOP_URL, "7f73d41a2f44250d4779881525aea32e")
     splits = []
     for name in ("Ebay_train.txt", "Ebay_test.txt"):
         rows = read_table(base / name, 4)[1:]                     # image_id class_id super_class_id path, with a header

@@ -249,7 +249,7 @@ BASELINE = dict(proxy_lr=2000, proxy_weight=1.0)          # with --nir_weight 0
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs.
 SCRATCH = dict(lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, flow_lr=1,
                proxy_weight=1.0)
-SCRATCH_NIR = {"proxynca": ("nll", 0.001), "proxyanchor": ("nll", 0.001), "softtriple": ("nll", 0.001)}
+SCRATCH_NIR = {"proxynca": ("nll", 0.01), "proxyanchor": ("nll", 0.01), "softtriple": ("nll", 0.01)}
 
 
 def preset(args):

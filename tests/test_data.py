@@ -196,6 +196,12 @@ def test_a_table_of_the_wrong_shape_is_named(tmp_path):
         data.load("cub200", tmp_path)
 
 
+def test_a_folder_that_is_no_cub_is_not_overwritten(tmp_path):
+    (tmp_path / "CUB_200_2011").mkdir()
+    with pytest.raises(UserError, match="CUB_200_2011 holds no images.txt: delete the folder"):
+        data.load("cub200", tmp_path)
+
+
 def test_an_image_without_a_class_is_named(tmp_path):
     make_cub(tmp_path)
     (tmp_path / "CUB_200_2011/image_class_labels.txt").write_text("1 1\n")
