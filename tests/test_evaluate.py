@@ -1,0 +1,470 @@
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+
+import evaluate
+from data import UserError
+
+
+def quantised(n, classes, dim, seed, levels=2):
+    """Embeddings of few small integers, so that many cosines are equal, some vectors are zero and some are copies."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(-levels, levels + 1, (n, dim)).astype(np.float64), rng.integers(0, classes, n)
+
+
+def reference_positions(x, y):
+    """Slow and plain: for every query with a relative, the sorted positions of its relatives, all ties against it."""
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    positions = []
+    for q in range(len(x)):
+        cosine = [float(np.dot(x[q], x[i])) for i in range(len(x))]
+        relatives = sorted((cosine[i] for i in range(len(x)) if i != q and y[i] == y[q]), reverse=True)
+        strangers = [cosine[i] for i in range(len(x)) if y[i] != y[q]]
+        if relatives:
+            positions.append([j + 1 + sum(s >= r - 1e-9 for s in strangers) for j, r in enumerate(relatives)])
+    return positions
+
+
+def reference_map(positions, k=None):
+    values = []
+    for query in positions:
+        limit = k or len(query)
+        values.append(sum((j + 1) / p for j, p in enumerate(query) if p <= limit) / min(len(query), limit))
+    return np.mean(values)
+
+
+def blobs(classes, per_class, dim, spread, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    centres = 10 * torch.randn(classes, dim, generator=rng)
+    return centres[labels] + spread * torch.randn(len(labels), dim, generator=rng), labels
+
+
+CASES = [(60, 6, 3, 0, 1), (80, 5, 4, 1, 2), (40, 30, 3, 2, 1), (50, 2, 6, 3, 3), (7, 2, 2, 4, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------ retrieval
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:.*alone in their class")
+def test_retrieval_agrees_with_a_slow_reference_on_data_full_of_ties(case, dtype):
+    x, y = quantised(*case)
+    positions = reference_positions(x, y)
+    embeddings, labels = torch.tensor(x).to(dtype), torch.tensor(y)
+    ks = (1, 2, 4, 8, 1000)
+    expected = {k: np.mean([query[0] <= k for query in positions]) for k in ks}
+    assert evaluate.recall_at_k(embeddings, labels, ks) == pytest.approx(expected, abs=1e-12)
+    for k in (1, 3, 10, 1000):
+        expected = pytest.approx(reference_map(positions, k), abs=1e-6)
+        assert evaluate.mean_average_precision(embeddings, labels, k) == expected
+    assert evaluate.map_at_r(embeddings, labels) == pytest.approx(reference_map(positions), abs=1e-6)
+
+
+def test_the_quantised_data_holds_ties_that_change_the_result():
+    x, y = quantised(*CASES[0])
+    pessimist = evaluate.recall_at_k(torch.tensor(x), torch.tensor(y), [1])[1]
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    cosine = x @ x.T
+    np.fill_diagonal(cosine, -np.inf)
+    same = y[:, None] == y
+    optimist = np.mean(np.where(same, cosine, -np.inf).max(1) >= np.where(same, -np.inf, cosine).max(1) - 1e-9)
+    assert optimist > pessimist + 0.1
+
+
+def on_a_circle(*degrees):
+    angle = torch.tensor(degrees, dtype=torch.float64) * math.pi / 180
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def test_a_hand_computed_ranking():
+    # Class 0 at 0, 10 and 40 degrees, class 1 at 25 and 91. Rankings from 0: 10 (right), 25 (wrong), 40 (right), 91;
+    # from 10: 0 (right), 25, 40 (right), 91; from 40: 25 (wrong), 10 (right), 0 (right), 91;
+    # from 25: 10 and 40 tie, then 0, then 91 (right, 4th); from 91: 40, then 25 (right, 2nd).
+    embeddings, labels = on_a_circle(0, 10, 40, 25, 91), torch.tensor([0, 0, 0, 1, 1])
+    assert evaluate.recall_at_k(embeddings, labels, (1, 2, 3, 4)) == pytest.approx({1: 0.4, 2: 0.8, 3: 0.8, 4: 1.0})
+    full = [(1 + 2 / 3) / 2, (1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2, 1 / 4, 1 / 2]
+    assert evaluate.mean_average_precision(embeddings, labels) == pytest.approx(np.mean(full))
+    assert evaluate.mean_average_precision(embeddings, labels, k=2) == pytest.approx(np.mean([1/2, 1/2, 1/4, 0, 1/2]))
+    assert evaluate.map_at_r(embeddings, labels) == pytest.approx(np.mean([1 / 2, 1 / 2, 1 / 4, 0, 0]))
+
+
+def test_retrieval_depends_on_directions_alone():
+    x, labels = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 6
+    scaled = x * torch.rand(60, 1, generator=torch.Generator().manual_seed(1)).add(0.1) * 50
+    assert evaluate.recall_at_k(x, labels, (1, 4)) == evaluate.recall_at_k(scaled, labels, (1, 4))
+    assert evaluate.map_at_r(x, labels) == pytest.approx(evaluate.map_at_r(scaled, labels), abs=1e-7)
+
+
+def test_images_alone_in_their_class_are_strangers_to_all_but_no_queries():
+    embeddings = on_a_circle(0, 10, 60, 70, 5)
+    labels = torch.tensor([0, 0, 1, 1, 2])        # the lone image at 5 degrees lies between the two of class 0
+    with pytest.warns(UserWarning, match="1 of 5 images are alone"):
+        assert evaluate.recall_at_k(embeddings, labels, (1, 2)) == {1: 0.5, 2: 1.0}
+    with pytest.warns(UserWarning, match="1 of 5"):
+        assert evaluate.mean_average_precision(embeddings, labels) == pytest.approx(0.75)
+
+
+def test_no_warning_when_all_images_have_a_relative():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.recall_at_k(torch.randn(8, 3), torch.arange(8) % 4, [1])
+
+
+@pytest.mark.parametrize("dim", [2, 512, 2048])
+@pytest.mark.parametrize("value", [0.0, 0.37, 1e-3])
+def test_a_collapsed_network_retrieves_nothing_and_all_its_metrics_are_finite(dim, value):
+    row = value * torch.linspace(0.3, 1.7, dim)
+    embeddings, labels = row.repeat(203, 1), torch.arange(203) % 7
+    metrics = evaluate.all_metrics(embeddings, labels)
+    assert [metrics[f"recall@{k}"] for k in (1, 2, 4, 8)] == [0, 0, 0, 0]
+    assert metrics["map@r"] == 0 and metrics["nmi"] == 0
+    assert metrics["uniformity"] == pytest.approx(0, abs=1e-6)
+    assert all(math.isfinite(number) for number in metrics.values())
+
+
+def test_rounding_errors_do_not_rescue_a_collapsed_network():
+    noise = 1e-8 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    assert evaluate.recall_at_k(torch.ones(200, 64) + noise, torch.arange(200) % 5, [1, 8]) == {1: 0, 8: 0}
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 61 * 7, 61 * 60, 61 * 61])
+def test_chunk_boundaries_do_not_matter(monkeypatch, chunk):
+    rng = torch.Generator().manual_seed(3)
+    embeddings = torch.randn(61, 4, generator=rng, dtype=torch.float64)
+    labels = torch.randint(6, (61,), generator=rng) * 3 - 5
+    whole = evaluate.all_metrics(embeddings, labels)
+    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    assert evaluate.all_metrics(embeddings, labels) == pytest.approx(whole, rel=1e-12)
+
+
+def test_order_of_images_and_names_of_classes_do_not_matter_to_retrieval():
+    rng = torch.Generator().manual_seed(4)
+    embeddings, labels = torch.randn(50, 4, generator=rng, dtype=torch.float64), torch.randint(5, (50,), generator=rng)
+    shuffled = torch.randperm(50, generator=rng)
+    assert (evaluate.recall_at_k(embeddings[shuffled], 1000 - 7 * labels[shuffled], (1, 3))
+            == pytest.approx(evaluate.recall_at_k(embeddings, labels, (1, 3))))
+
+
+# ----------------------------------------------------------------------------------------------------- clustering
+
+def reference_partition_scores(clusters, labels):
+    n, right, in_cluster, in_class = len(labels), 0, 0, 0
+    for i, j in itertools.combinations(range(n), 2):
+        in_cluster += clusters[i] == clusters[j]
+        in_class += labels[i] == labels[j]
+        right += clusters[i] == clusters[j] and labels[i] == labels[j]
+    precision, recall = right / in_cluster, right / in_class
+    information = 0.0
+    for c, l in itertools.product(set(clusters), set(labels)):
+        p, pc, pl = np.mean((clusters == c) & (labels == l)), np.mean(clusters == c), np.mean(labels == l)
+        information += p * np.log(p / (pc * pl)) if p else 0.0
+    entropy = sum(scipy.stats.entropy(np.unique(part, return_counts=True)[1]) for part in (clusters, labels))
+    return {"nmi": 2 * information / entropy, "f1": 2 * precision * recall / (precision + recall)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nmi_and_f1_agree_with_counting_all_pairs(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 5, 90) * 4 - 3
+    clusters = np.where(rng.random(90) < 0.6, labels + 50, rng.integers(0, 9, 90))
+    scores = evaluate.partition_scores(torch.tensor(clusters), torch.tensor(labels))
+    assert scores == pytest.approx(reference_partition_scores(clusters, labels), abs=1e-10)
+
+
+def test_nmi_and_f1_of_extreme_partitions():
+    labels = torch.arange(12) % 3
+    assert evaluate.partition_scores(7 - labels, labels) == pytest.approx({"nmi": 1, "f1": 1})
+    one = evaluate.partition_scores(torch.zeros(12, dtype=torch.long), labels)     # precision 18 / 66, recall 1
+    assert one == pytest.approx({"nmi": 0, "f1": 2 * 18 / (66 + 18)}, abs=1e-12)
+    alone = evaluate.partition_scores(torch.arange(12), labels)                    # H(clusters) = log 12, I = H(labels)
+    assert alone == pytest.approx({"nmi": 2 * math.log(3) / (math.log(12) + math.log(3)), "f1": 0})
+
+
+def test_the_contingency_table_of_many_classes_stays_sparse():
+    labels = torch.arange(60_000) % 30_000       # a dense table would hold 9e8 cells
+    assert evaluate.partition_scores(labels.flip(0), labels) == pytest.approx({"nmi": 1, "f1": 1})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_separated_blobs_are_clustered_perfectly(seed):
+    embeddings, labels = blobs(20, 8, 16, spread=0.01)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    assert (evaluate.clustering(embeddings[shuffled] + 1e5, labels[shuffled], seed)
+            == pytest.approx({"nmi": 1, "f1": 1}))
+
+
+def test_k_means_reaches_a_fixed_point_and_its_seed_decides():
+    embeddings, _ = blobs(6, 30, 3, spread=6.0)
+    clusters = evaluate.k_means(embeddings, 6, seed=1)
+    centres = torch.stack([embeddings[clusters == c].mean(0) for c in range(6)])
+    assert torch.equal(torch.cdist(embeddings, centres).argmin(1), clusters)
+    assert torch.equal(evaluate.k_means(embeddings, 6, seed=1), clusters)
+    others = [evaluate.k_means(embeddings, 6, seed=s) for s in range(2, 6)]
+    assert any(evaluate.partition_scores(other, clusters)["nmi"] < 0.999 for other in others)
+
+
+def test_k_means_fills_an_empty_cluster_with_the_farthest_point(monkeypatch):
+    # All draws at the beginning of the list: two equal centres, one of which wins no point.
+    # The mean of all points is exactly at the origin, where an empty cluster's centre would stay for ever.
+    embeddings = torch.tensor([[-10.0, -1], [-10, 0], [-10, 1], [10, -1], [10, 0], [10, 1]])
+    monkeypatch.setattr(evaluate.torch, "searchsorted", lambda *_, **__: torch.tensor([0]))
+    clusters = evaluate.k_means(embeddings, 2)
+    assert evaluate.partition_scores(clusters, torch.tensor([0, 0, 0, 1, 1, 1]))["nmi"] == pytest.approx(1)
+
+
+def test_fewer_different_points_than_classes_are_clustered():
+    embeddings = torch.tensor([[0.0], [1.0]]).repeat(10, 1)
+    scores = evaluate.clustering(embeddings, torch.arange(20) % 10)
+    assert all(0 <= value <= 1 for value in scores.values())
+
+
+# ------------------------------------------------------------------------------------------------------ structure
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 40.0])
+def test_uniformity_agrees_with_all_pairs_even_where_the_exponential_underflows(scale):
+    x = scale * np.random.default_rng(0).normal(size=(40, 6)) + 5
+    energies = [-2 * np.sum((x[i] - x[j]) ** 2) for i, j in itertools.combinations(range(40), 2)]
+    expected = scipy.special.logsumexp(energies) - np.log(len(energies))
+    assert evaluate.uniformity(torch.tensor(x)) == pytest.approx(expected, rel=1e-9)
+    assert evaluate.uniformity(torch.tensor(x).float()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_uniformity_survives_a_large_common_offset_in_float32():
+    x = 1000 + 0.3 * torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    assert evaluate.uniformity(x) == pytest.approx(evaluate.uniformity(x.double()), rel=1e-4)
+
+
+def test_uniformity_of_two_antipodes():
+    assert evaluate.uniformity(torch.tensor([[1.0, 0], [-1, 0]])) == pytest.approx(-8)
+
+
+def test_spectral_decay_is_zero_for_an_orthogonal_matrix():
+    q = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)))[0]
+    assert evaluate.spectral_decay(q) == pytest.approx(0, abs=1e-6)
+    assert evaluate.spectral_decay(7 * q[:5]) == pytest.approx(0, abs=1e-6)
+    assert evaluate.spectral_decay(q[:, :4]) == pytest.approx(0, abs=1e-6)
+
+
+def test_spectral_decay_of_chosen_singular_values():
+    left = torch.linalg.qr(torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    values = np.array([4.0, 1.0, 1e-4])
+    expected = scipy.stats.entropy(np.ones(3) / 3, values / values.sum())
+    assert evaluate.spectral_decay(left * torch.tensor(values) @ right) == pytest.approx(expected, rel=1e-9)
+
+
+def test_spectral_decay_of_one_direction_is_large_and_finite():
+    column = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    decay = evaluate.spectral_decay(column * torch.ones(1, 20))
+    eps = 2.0 ** -23                              # 19 directions of 20 count as eps, the first as 1
+    assert decay == pytest.approx(-math.log(20) - 19 / 20 * math.log(eps), rel=0.01)
+
+
+def cosine_distances(x):
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return np.mean([1 - x[i] @ x[j] for i, j in itertools.combinations(range(len(x)), 2)])
+
+
+@pytest.mark.filterwarnings("ignore:.*alone in their class")
+def test_density_agrees_with_all_pairs():
+    rng = np.random.default_rng(0)
+    y = np.append(rng.integers(0, 6, 60), 99)     # the last image is alone: no distance within, but a class mean
+    x = rng.normal(size=(61, 8)) + 2 * rng.normal(size=(100, 8))[y]
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    within = np.mean([cosine_distances(x[y == c]) for c in range(6)])
+    between = cosine_distances(np.stack([unit[y == c].mean(0) for c in np.unique(y)]))
+    assert evaluate.density(torch.tensor(x), torch.tensor(y)) == pytest.approx(within / between, rel=1e-9)
+
+
+def test_density_by_hand():
+    # Within: cosine distances 1 and 0, mean 1/2. Means at 45 and 180 degrees: distance 1 + sqrt(1/2).
+    embeddings, labels = on_a_circle(0, 90, 180, 180), torch.tensor([0, 0, 1, 1])
+    assert evaluate.density(embeddings, labels) == pytest.approx(0.5 / (1 + math.sqrt(0.5)))
+    assert math.isnan(evaluate.density(embeddings, torch.zeros(4, dtype=torch.long)))
+
+
+def test_concentration_variance_agrees_with_the_formula_class_by_class():
+    rng = np.random.default_rng(1)
+    y = np.append(np.arange(60) % 5, 77)
+    x = rng.normal(size=(61, 7)) + 1.5 * rng.normal(size=(78, 7))[y]
+    kappas = []
+    for c in range(5):
+        members = x[y == c] / np.linalg.norm(x[y == c], axis=1, keepdims=True)
+        r = np.linalg.norm(members.mean(0))
+        kappas.append(r * (7 - r * r) / (1 - r * r))
+    assert evaluate.concentration_variance(torch.tensor(x), torch.tensor(y)) == pytest.approx(np.var(kappas), rel=1e-9)
+
+
+def test_concentration_variance_recovers_the_concentrations_of_sampled_classes():
+    concentrations, dim, samples = [20.0, 60.0, 150.0], 16, []
+    for i, kappa in enumerate(concentrations):
+        mu = np.eye(dim)[i]
+        samples.append(scipy.stats.vonmises_fisher(mu, kappa, seed=i).rvs(3000))
+    embeddings, labels = torch.tensor(np.concatenate(samples)), torch.arange(3).repeat_interleave(3000)
+    assert evaluate.concentration_variance(embeddings, labels) == pytest.approx(np.var(concentrations), rel=0.1)
+    equal = torch.cat([torch.tensor(samples[0]), -torch.tensor(samples[0])])
+    assert evaluate.concentration_variance(equal, labels[:6000]) == pytest.approx(0, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- mistakes and table
+
+METRICS = [lambda x, y: evaluate.recall_at_k(x, y, [1]), evaluate.mean_average_precision, evaluate.map_at_r,
+           evaluate.clustering, evaluate.density, evaluate.concentration_variance, evaluate.all_metrics,
+           lambda x, y: evaluate.save_retrieval("unwritten.png", None, x, y),
+           lambda x, y: evaluate.save_norm_extremes("unwritten.png", None, x, y)]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_unusable_embeddings_or_labels_are_refused_in_one_sentence(metric):
+    x, y = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 1])
+    broken = x.clone()
+    broken[2, 1], broken[4, 0] = math.nan, math.inf
+    for embeddings, labels, sentence in ((broken, y, "2 of 6 embeddings hold NaN or infinity"), (x, y[:5], "labels"),
+                                         (x, y.float(), "labels"), (x, y.view(2, 3), "labels"), (x[0], y, "shape"),
+                                         (x[:1], y[:1], "N >= 2"), (x[:, :0], y, "shape")):
+        with pytest.raises(UserError, match=sentence) as error:
+            metric(embeddings, labels)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("metric", [evaluate.uniformity, evaluate.spectral_decay])
+def test_unusable_embeddings_are_refused_without_labels_too(metric):
+    for embeddings in (torch.tensor([[1.0, math.nan], [0, 1]]), torch.randn(3), torch.randn(1, 3)):
+        with pytest.raises(UserError):
+            metric(embeddings)
+
+
+def test_retrieval_without_any_relative_and_unusable_k_are_refused(tmp_path):
+    x = torch.randn(4, 3)
+    for metric in (METRICS[0], *METRICS[1:3], lambda x, y: evaluate.save_retrieval(tmp_path / "r.png", None, x, y),
+                   lambda x, y: evaluate.save_norm_extremes(tmp_path / "n.png", None, x, y)):
+        with pytest.raises(UserError, match="no class has two images"):
+            metric(x, torch.arange(4))
+    for ks in ([], [0], [1, -2], [1.5]):
+        with pytest.raises(UserError, match="positive whole"):
+            evaluate.recall_at_k(x, torch.arange(4) % 2, ks)
+    with pytest.raises(UserError, match="positive whole"):
+        evaluate.mean_average_precision(x, torch.arange(4) % 2, k=0)
+
+
+def test_all_metrics_are_those_of_the_normalised_embeddings():
+    rng = torch.Generator().manual_seed(0)
+    x = (torch.randn(60, 8, generator=rng) * (1 + 9 * torch.rand(60, 1, generator=rng))).requires_grad_()
+    labels = torch.arange(60) % 6
+    metrics, unit = evaluate.all_metrics(x, labels, ks=(1, 10), seed=3), F.normalize(x.detach(), dim=1)
+    recall = evaluate.recall_at_k(x, labels, (1, 10))
+    expected = {"recall@1": recall[1], "recall@10": recall[10],
+                "map@1000": evaluate.mean_average_precision(x, labels, 1000), "map@r": evaluate.map_at_r(x, labels),
+                **evaluate.clustering(unit, labels, seed=3), "uniformity": evaluate.uniformity(unit),
+                "spectral_decay": evaluate.spectral_decay(unit), "density": evaluate.density(x, labels),
+                "concentration_variance": evaluate.concentration_variance(x, labels)}
+    assert list(metrics) == list(expected) and metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_table_shows_fractions_in_percent_and_the_rest_in_four_digits():
+    text = evaluate.table({"last epoch": {"recall@1": 0.70449, "nmi": 1.0, "uniformity": -3.52481},
+                           "best epoch": {"recall@1": 0.05, "concentration_variance": 12345.6}})
+    lines = text.split("\n")
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    cells = [line.split("  ") for line in lines]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in cells]
+    assert cells == [["last epoch", "best epoch"], ["recall@1", "70.4 %", "5.0 %"], ["nmi", "100.0 %", "-"],
+                     ["uniformity", "-3.525", "-"], ["concentration_variance", "-", "1.235e+04"]]
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+def tiles(path, side, columns, start=0):
+    """{(row, column): (border colour, centre colour)} of a grid of square pictures with `side` pixels."""
+    pixels, step = to_tensor(Image.open(path)), side + 2 * evaluate.BORDER + 2
+    rows = (pixels.shape[1] - 2) // step
+    found = {}
+    for row, column in itertools.product(range(rows), range(columns)):
+        top, left = 2 + row * step, start + 2 + column * step
+        found[row, column] = (tuple(round(v, 1) for v in pixels[:, top + 1, left + 1].tolist()),
+                              pixels[:, top + step // 2, left + step // 2].tolist())
+    return found, pixels
+
+
+def closest_colour(colour):
+    known = {"right": evaluate.RIGHT, "wrong": evaluate.WRONG, "neutral": evaluate.NEUTRAL}
+    return min(known, key=lambda name: sum(abs(a - b) for a, b in zip(known[name], colour)))
+
+
+@pytest.mark.parametrize("side, shown", [(32, 64), (64, 64), (80, 80), (224, 112)])
+def test_borders_of_retrieved_images_are_green_if_right_and_red_if_wrong(tmp_path, side, shown):
+    rng = torch.Generator().manual_seed(0)
+    embeddings, labels = torch.randn(30, 3, generator=rng), torch.arange(30) % 3
+    asked = []
+
+    def image(i):                                 # the grey level says which image it is
+        asked.append(i)
+        return torch.full((3, side, side), i / 30)
+
+    evaluate.save_retrieval(tmp_path / "r.png", image, embeddings, labels, num_queries=4, neighbours=5)
+    assert len(asked) == 4 * 6                    # no other picture is loaded
+    found, _ = tiles(tmp_path / "r.png", shown, columns=6)
+    cosine = F.cosine_similarity(embeddings[:, None], embeddings[None], dim=2).fill_diagonal_(-2)
+    queries, colours = [], set()
+    for row in range(4):
+        index = [round(found[row, column][1][0] * 30) for column in range(6)]
+        queries.append(index[0])
+        assert index[1:] == cosine[index[0]].topk(5).indices.tolist()
+        assert closest_colour(found[row, 0][0]) == "neutral"
+        for column in range(1, 6):
+            right = bool(labels[index[column]] == labels[index[0]])
+            assert closest_colour(found[row, column][0]) == ("right" if right else "wrong")
+            colours.add(right)
+    assert len(set(queries)) == 4 and colours == {True, False}
+
+
+def test_the_seed_chooses_the_queries_and_small_data_is_shown_whole(tmp_path):
+    embeddings, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 0, 1, 1, 2])
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        evaluate.save_retrieval(tmp_path / f"{name}.png", lambda i: torch.full((3, 8, 8), i / 6), embeddings, labels,
+                                num_queries=10, neighbours=50, seed=seed)
+        files.append((tmp_path / f"{name}.png").read_bytes())
+    assert files[0] == files[1] != files[2]
+    found, _ = tiles(tmp_path / "a.png", 64, columns=6)
+    assert {round(found[row, 0][1][0] * 6) for row in range(5)} == {0, 1, 2, 3, 4}       # image 5 has no relative
+    assert max(row for row, _ in found) == 4
+
+
+def test_norm_extremes_are_the_lowest_and_highest_of_each_class_in_order(tmp_path):
+    norms = torch.tensor([5.0, 1, 9, 3, 7, 2, 8, 4, 6, 10, 60, 50, 40, 30, 20, 10, 1, 2])
+    labels = torch.tensor([4] * 10 + [7] * 6 + [9] * 2)                                  # class 9 is too small
+    embeddings = norms[:, None] * F.normalize(torch.randn(18, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    evaluate.save_norm_extremes(tmp_path / "n.png", lambda i: torch.full((3, 64, 64), norms[i] / 60), embeddings,
+                                labels)
+    width = 3 * 74 + 2
+    low, pixels = tiles(tmp_path / "n.png", 64, columns=3)
+    high, _ = tiles(tmp_path / "n.png", 64, columns=3, start=width + 6 * evaluate.BORDER)
+    shown = [[round(side[row, column][1][0] * 60) for side in (low, high) for column in range(3)] for row in range(2)]
+    assert shown == [[1, 2, 3, 8, 9, 10], [10, 20, 30, 40, 50, 60]]
+    assert pixels.shape[1] == 2 + 2 * 74                                                 # two rows
+    assert (pixels[:, :, width:width + 6 * evaluate.BORDER] == 1).all()                  # the white gap
+
+
+def test_norm_extremes_of_small_classes_show_fewer_images(tmp_path):
+    embeddings, labels = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(9) // 3
+    evaluate.save_norm_extremes(tmp_path / "n.png", lambda i: torch.rand(3, 64, 64), embeddings, labels)
+    _, pixels = tiles(tmp_path / "n.png", 64, columns=1)
+    assert pixels.shape[1:] == (2 + 3 * 74, 2 * (74 + 2) + 6 * evaluate.BORDER)
+
+
+def test_pictures_of_noise_at_64_pixels_stay_small(tmp_path):
+    # Noise cannot be compressed, so this bounds any picture.
+    embeddings, labels = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 5
+    evaluate.save_retrieval(tmp_path / "r.png", lambda i: torch.rand(3, 64, 64), embeddings, labels)
+    assert (tmp_path / "r.png").stat().st_size < 1_000_000

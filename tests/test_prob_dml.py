@@ -1,0 +1,595 @@
+"""The densities against closed forms, quadrature and 40-digit references; the sampler against its exact distribution;
+the loss against what the paper says of it."""
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import prob_dml
+from data import UserError
+from prob_dml import (ProbabilisticProxies, SIMILARITIES, log_vmf_normalizer, mean_resultant_length, nivmf_log_prob,
+                      sample_vmf, unit_vectors, vmf_log_prob)
+
+CELLS = [(metric, proxy) for metric in SIMILARITIES for proxy in ("vmf", "nivmf")
+         if not (proxy == "nivmf" and metric in ("cosine", "l2"))]
+
+# dim: (kappa, log C_dim(kappa), A_dim(kappa)), by mpmath's besseli with 60 digits.
+REFERENCE = {
+    2: [(1e-3, -1.837877316409329859, 0.000499999937500010417), (0.5, -1.899426785594826788, 0.242499612580801945),
+        (10, -9.780849149528041038, 0.948599825954845959), (200, -198.2704064206328152, 0.997496859251643528),
+        (1e4, -9996.313780847841646, 0.99994999874987498), (1e5, -99995.16247705072581, 0.999994999987499875)],
+    3: [(1e-3, -2.531024413635951904, 0.000333333311111113228), (0.5, -2.572349101582208902, 0.163953413738652849),
+        (10, -9.535291971354146175, 0.900000004122307253), (200, -196.5395596998613088, 0.995),
+        (1e4, -9992.627536694433163, 0.9999), (1e5, -99990.32495160143912, 0.99999)],
+    5: [(1e-3, -3.270289124710525157, 0.00019999999428571454), (0.5, -3.295200394470957401, 0.0992935566076897645),
+        (10, -8.965223433691961055, 0.81111110602184292), (200, -193.0741068578990733, 0.990025125628140704),
+        (1e4, -9985.254973383865992, 0.9998000100010001), (1e5, -99980.64989320282823, 0.999980000100001)],
+    64: [(1e-3, 40.76772001776205975, 0.0000156249999963008996), (0.5, 40.76576695836857667, 0.00781203766556876586),
+        (10, 39.9954458219142842, 0.152711904197083136), (200, -88.59306580987668993, 0.854497184374463223),
+        (1e4, -9767.719366011000857, 0.996854804218904502), (1e5, -99695.23117167135166, 0.999685048037979228)],
+    128: [(1e-3, 127.0534565204537202, 7.8124999995304988e-6), (0.5, 127.0524799691957818, 0.00390619131408642821),
+        (10, 126.6639961150620199, 0.0776609763821283636), (200, 29.60389623206459671, 0.731163498489644135),
+        (1e4, -9531.650133330118312, 0.993669845537710636), (1e5, -99385.6145828428205, 0.999365198439464715)],
+    512: [(1e-3, 867.9681031594176984, 1.95312499999257841e-6), (0.5, 867.9678590198852231, 0.000976561572303004356),
+        (10, 867.8704654550120235, 0.0195238340230251351), (200, 831.4027309436825066, 0.344427428907452438),
+        (1e4, -8113.084401543781383, 0.974775103410568375), (1e5, -97527.7000089682401, 0.997448251264727396)],
+    2048: [(1e-3, 4898.383862653860797, 4.88281249999883698e-7), (0.5, 4898.383801618950505, 0.000244140610462283492),
+        (10, 4898.359448882350078, 0.00488269620378865689), (200, 4888.664178273524128, 0.0967431374477041261),
+        (1e4, -2402.000257928643, 0.902869542562498814), (1e5, -90092.35533979365993, 0.989817325591761068)],
+}
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def directions(*shape, seed=0):
+    return unit_vectors(torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+
+
+def quadrature(dim, n=400):
+    """Points (N, dim) and weights (N,) of a quadrature over the circle or the sphere."""
+    phi = torch.arange(n, dtype=torch.float64) * 2 * math.pi / n
+    if dim == 2:
+        return torch.stack([phi.cos(), phi.sin()], 1), torch.full((n,), 2 * math.pi / n, dtype=torch.float64)
+    w, weights = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(n))
+    radius = (1 - w.square()).sqrt()
+    points = torch.stack([torch.outer(radius, phi.cos()), torch.outer(radius, phi.sin()), w[:, None].expand(n, n)], -1)
+    return points.reshape(-1, 3), (weights * 2 * math.pi / n).repeat_interleave(n)
+
+
+# ------------------------------------------------------------------------------------------------ the normaliser
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-7)])
+def test_log_normalizer_its_gradient_and_the_mean_resultant_length_match_40_digit_references(dtype, tolerance):
+    for dim, rows in REFERENCE.items():
+        kappa = torch.tensor([row[0] for row in rows], dtype=dtype, requires_grad=True)
+        log_c, A = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (1, 2))
+        value, mean_length = log_vmf_normalizer(kappa, dim), mean_resultant_length(kappa, dim)
+        gradient, = torch.autograd.grad(value.sum(), kappa)
+        assert value.dtype == gradient.dtype == dtype
+        for actual, expected in ((value, log_c), (gradient, -A), (mean_length, A)):
+            torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5, 64, 81, 82, 512])
+def test_normalizer_and_mean_resultant_length_are_differentiable_twice(dim):
+    kappa = double(1e-3, 0.3, 4.0, 60.0, 700.0).requires_grad_()
+    for function in (log_vmf_normalizer, mean_resultant_length):
+        assert torch.autograd.gradcheck(lambda k: function(k, dim), kappa, eps=1e-5, atol=1e-7, rtol=1e-4)
+        assert torch.autograd.gradgradcheck(lambda k: function(k, dim), kappa, eps=1e-5, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_of_the_normalizer_stay_right_for_tiny_and_huge_concentrations(dtype):
+    for dim in (2, 3, 512, 2048):
+        kappa = torch.tensor([0.0, 1e-6, 1e8], dtype=dtype, requires_grad=True)
+        value = log_vmf_normalizer(kappa, dim)
+        gradient, = torch.autograd.grad(value.sum(), kappa, create_graph=True)
+        second, = torch.autograd.grad(gradient.sum(), kappa)
+        sphere = math.log(2) + 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim)  # log of its area
+        assert value[0].item() == pytest.approx(-sphere, rel=1e-6)
+        assert gradient[0] == 0 and gradient[1].item() == pytest.approx(-1e-6 / dim)
+        assert gradient[2].item() == pytest.approx(-1 + (dim - 1) / 2e8, rel=1e-6)  # A = 1 - (D-1) / (2 kappa) + ...
+        assert second[:2].tolist() == pytest.approx([-1 / dim] * 2) and abs(second[2].item()) < 1e-7
+        A_prime, = torch.autograd.grad(mean_resultant_length(kappa, dim).sum(), kappa)
+        assert A_prime[:2].tolist() == pytest.approx([1 / dim] * 2) and abs(A_prime[2].item()) < 1e-7
+
+
+# ------------------------------------------------------------------------------------------------- the densities
+
+@pytest.mark.parametrize("dim", [2, 3, 10, 128])
+def test_vmf_density_is_scipys(dim):
+    z, mu = directions(50, dim), directions(dim, seed=1)
+    for kappa in (0.1, 5.0, 80.0):
+        expected = scipy.stats.vonmises_fisher(mu.numpy(), kappa).logpdf(z.numpy())
+        np.testing.assert_allclose(vmf_log_prob(z, mu, double(kappa)), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_vmf_integrates_to_one(dim):
+    z, weights = quadrature(dim)
+    for kappa in (1e-3, 1.0, 30.0, 300.0):
+        integral = (vmf_log_prob(z, directions(dim), double(kappa)).exp() * weights).sum()
+        assert integral.item() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("K", [[2.0, 10.0], [1.0, 20.0], [0.1, 30.0], [2.0, 5.0, 10.0], [1.0, 1.0, 20.0],
+                               [0.5, 12.0, 4.0]])
+def test_nivmf_integrates_to_one_on_the_circle_and_on_the_sphere(K):
+    z, weights = quadrature(len(K), n=20000 if len(K) == 2 else 600)
+    mu = torch.cat([directions(4, len(K)), torch.eye(len(K), dtype=torch.float64)])
+    density = nivmf_log_prob(z, mu, double(*K).expand(len(mu), -1)).exp()
+    np.testing.assert_allclose(weights @ density, 1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 64, 512])
+def test_nivmf_is_the_vmf_where_all_concentrations_are_equal(dim):
+    z, mu = directions(20, dim), directions(6, dim, seed=1)
+    k = double(0.1, 1, 7, 50, 300, 1e4)
+    expected = vmf_log_prob(z[:, None], mu, k)
+    torch.testing.assert_close(nivmf_log_prob(z, mu, k[:, None].expand(6, dim)), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-4)])
+def test_nivmf_is_the_formula_for_any_leading_shape(dtype, tolerance):
+    z, mu = directions(2, 3, 512), directions(4, 512, seed=1)
+    K = 0.1 + 50 * torch.rand(4, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for normalizer in ("exact", "released"):
+        actual = nivmf_log_prob(z.to(dtype), mu.to(dtype), K.to(dtype), normalizer)
+        assert actual.shape == (2, 3, 4)
+        for c in range(4):
+            Kz, Kmu = K[c] * z, K[c] * mu[c]
+            log_p = log_vmf_normalizer(Kmu.norm(), 512) + (Kz * Kmu).sum(-1) / Kz.norm(dim=-1) + K[c].log().sum()
+            log_p = log_p - (512 * Kz.norm(dim=-1).log() if normalizer == "exact" else Kmu.norm().log())
+            torch.testing.assert_close(actual[..., c].double(), log_p, rtol=1e-7, atol=tolerance)
+
+
+def test_released_normalizer_does_not_integrate_to_one():
+    z, weights = quadrature(3, n=600)
+    mu = torch.cat([torch.eye(3, dtype=torch.float64), directions(3, 3)])
+
+    def integral(*K):
+        return weights @ nivmf_log_prob(z, mu, double(*K).expand(6, 3), "released").exp()
+
+    # K = k I: D log k - log k is k^2 too much on the sphere.
+    np.testing.assert_allclose(integral(5, 5, 5), 25, rtol=1e-8)
+    # For other K the factor depends on where the proxy points: it shifts the competition between classes.
+    np.testing.assert_allclose(integral(2, 5, 10)[:3], [32.896, 18.208, 34.466], atol=1e-3)
+    assert integral(1, 1, 20).min() > 15
+
+
+# -------------------------------------------------------------------------------------------------- the sampler
+
+def angle_cdf(kappa, dim):
+    """Distribution function of the angle between a vMF sample and mu, by summing its density on a fine grid."""
+    width = 14 * ((dim - 2) ** 2 + 4 * kappa ** 2) ** -0.25
+    mode = math.acos(2 * kappa / (dim - 2 + math.sqrt((dim - 2) ** 2 + 4 * kappa ** 2)))
+    grid = np.linspace(max(0, mode - width), min(math.pi, mode + width), 20001)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_p = kappa * (np.cos(grid) - math.cos(mode)) + (0 if dim == 2 else (dim - 2) * np.log(np.sin(grid)))
+    p = np.exp(log_p - np.nanmax(log_p[np.isfinite(log_p)]))
+    cdf = np.concatenate([[0], np.cumsum(p[1:] + p[:-1])])
+    return lambda theta: np.interp(theta, grid, cdf / cdf[-1])
+
+
+@pytest.mark.parametrize("dim", [2, 3, 128, 512])
+@pytest.mark.parametrize("kappa", [1e-3, 1.0, 30.0, 1e4])
+def test_samples_follow_the_vmf(dim, kappa):
+    n, generator = 10000, torch.Generator().manual_seed(dim)
+    first_axis = torch.eye(1, dim, dtype=torch.float64)
+    mu = torch.cat([directions(3, dim), first_axis, -first_axis])
+    z = sample_vmf(mu, double(kappa).expand(5), n // 5, generator)
+    assert z.shape == (n // 5, 5, dim)
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(n // 5, 5, dtype=torch.float64), rtol=0, atol=1e-13)
+    w = (z * mu).sum(-1)
+    tangent = z - w.unsqueeze(-1) * mu
+    sine = tangent.norm(dim=-1)
+    # the mean resultant length
+    A = mean_resultant_length(double(kappa), dim).item()
+    assert abs(w.mean().item() - A) < 4 * w.std().item() / math.sqrt(n)
+    # the radial component; the angle is the same test as its cosine, and has more digits
+    assert scipy.stats.kstest(torch.atan2(sine, w).flatten().numpy(), angle_cdf(kappa, dim)).pvalue > 1e-3
+    # the tangential part is uniform: any coordinate x of it has (1 + x) / 2 ~ Beta((D-2)/2, (D-2)/2); no mean direction
+    axis = directions(5, dim, seed=3)
+    axis = unit_vectors(axis - (axis * mu).sum(-1, keepdim=True) * mu)
+    v = tangent / sine.unsqueeze(-1)
+    x = (v * axis).sum(-1).flatten().numpy()
+    if dim == 2:
+        assert abs((x > 0).mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
+    else:
+        assert scipy.stats.kstest((1 + x) / 2, scipy.stats.beta((dim - 2) / 2, (dim - 2) / 2).cdf).pvalue > 1e-3
+        # Rayleigh's test: chi^2 with D-1 degrees of freedom for each of the five
+        resultant = (v.mean(0).square().sum(-1) * (n // 5) * (dim - 1)).sum().item()
+        assert 1e-3 < scipy.stats.chi2.cdf(resultant, 5 * (dim - 1)) < 1 - 1e-3
+        assert abs(scipy.stats.spearmanr(x, w.flatten().numpy()).statistic) < 4 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("dim", [2, 128, 2048])
+def test_float32_samples_keep_their_distance_from_mu_where_kappa_is_large(dim):
+    mu = directions(400, dim).float()
+    z = sample_vmf(mu, torch.full((400,), 1e4), 5, torch.Generator().manual_seed(0))
+    assert z.dtype == torch.float32 and (z.norm(dim=-1) - 1).abs().max() < 3e-6
+    squared = 0.5 * (z.double() - mu.double()).square().sum(-1)  # 1 - w, without cancellation
+    expected = 1 - mean_resultant_length(double(1e4), dim).item()
+    assert abs(squared.mean().item() - expected) < 4 * squared.std().item() / math.sqrt(2000) + 1e-6
+
+
+def test_samples_are_reproducible_and_differ_between_draws():
+    mu, kappa = directions(4, 8), double(0, 1, 10, 1e5)
+    a, b = (sample_vmf(mu, kappa, 3, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(a, b) and not torch.isclose(a[0], a[1]).any()
+
+
+def test_derivative_of_a_sample_by_kappa_is_that_of_its_quantile_function():
+    # On the sphere w = mu.z has the quantile function w(u) = 1 + log(u + (1 - u) exp(-2 kappa)) / kappa.
+    mu, kappa = double(1, 0, 0).expand(200, 3), double(0.05, 1, 8, 40).repeat(50).requires_grad_()
+    w = sample_vmf(mu, kappa, 1, torch.Generator().manual_seed(0))[0, :, 0]
+    actual, = torch.autograd.grad(w.sum(), kappa)
+    k = kappa.detach().requires_grad_()
+    u = (((w - 1) * k).exp() - (-2 * k).exp()) / (1 - (-2 * k).exp())
+    quantile = 1 + (u.detach() + (1 - u.detach()) * (-2 * k).exp()).log() / k
+    torch.testing.assert_close(quantile, w)
+    torch.testing.assert_close(actual, torch.autograd.grad(quantile.sum(), k)[0], rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 128, 512])
+@pytest.mark.parametrize("kappa", [1e-3, 2.0, 50.0, 1e4])
+def test_reparameterised_gradient_of_the_sample_mean_is_that_of_the_exact_mean(dim, kappa):
+    n, mu = 4000, directions(dim)
+    mus, kappas = mu.repeat(n, 1).requires_grad_(), torch.full((n,), kappa, dtype=torch.float64, requires_grad=True)
+    z = sample_vmf(mus, kappas, 1, torch.Generator().manual_seed(1))[0]
+    along_mu, = torch.autograd.grad((z @ mu).sum(), kappas, retain_graph=True)
+    k = double(kappa).requires_grad_()
+    exact, = torch.autograd.grad(mean_resultant_length(k, dim).sum(), k)
+    assert abs(along_mu.mean().item() - exact.item()) < 4 * along_mu.std().item() / math.sqrt(n)
+    # The mean is A mu: turning mu towards a tangent direction moves it by A in that direction, and by nothing along mu.
+    axis = directions(dim, seed=5)
+    axis = unit_vectors(axis - (axis @ mu) * mu)
+    gradient, = torch.autograd.grad((z @ axis).sum(), mus)
+    turned = gradient @ axis
+    A = mean_resultant_length(double(kappa), dim).item()
+    assert abs(turned.mean().item() - A) < 4 * turned.std().item() / math.sqrt(n)
+    assert (gradient @ mu).abs().max() < 1e-12
+
+
+def test_reparameterised_gradient_of_a_curved_function_matches_quadrature():
+    z, weights = quadrature(3)
+    q_mu, q_K = directions(1, 3, seed=7), double(1, 6, 3)[None]
+
+    def mean_of_q(e):  # E_p[q(z)] for the image e, by quadrature
+        return (weights * (vmf_log_prob(z, e / e.norm(), e.norm()) + nivmf_log_prob(z, q_mu, q_K)[:, 0]).exp()).sum()
+
+    for norm in (0.5, 4.0, 20.0):
+        e = (norm * directions(3, seed=8)).requires_grad_()
+        exact, = torch.autograd.grad(mean_of_q(e), e)
+        copies = e.detach().repeat(20000, 1).requires_grad_()
+        samples = sample_vmf(unit_vectors(copies), copies.norm(dim=1), 1, torch.Generator().manual_seed(2))
+        gradient, = torch.autograd.grad(nivmf_log_prob(samples, q_mu, q_K).exp().sum(), copies)
+        assert ((gradient.mean(0) - exact).abs() < 4 * gradient.std(0) / math.sqrt(20000)).all()
+
+
+@pytest.mark.parametrize("kappa", [math.nan, math.inf])
+def test_sampling_a_concentration_that_is_not_finite_ends_with_an_error(kappa):
+    with pytest.raises(UserError, match="not a finite number"):
+        sample_vmf(directions(2, 4), double(1, kappa), 3)
+
+
+# ---------------------------------------------------------------------------------------------- the similarities
+
+def similarity(metric, e, rho, concentration, samples=1, normalizer="exact", seed=0):
+    return SIMILARITIES[metric](e, rho, concentration, samples, normalizer, torch.Generator().manual_seed(seed))
+
+
+def integrand(metric, log_p, log_q):
+    return {"elk": (log_p + log_q).exp(), "bhattacharyya": (0.5 * (log_p + log_q)).exp(),
+            "kl": log_p.exp() * (log_q - log_p)}[metric]
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl"])
+def test_similarity_of_two_vmfs_in_closed_form_matches_quadrature(metric, dim):
+    z, weights = quadrature(dim)
+    e = double(0.01, 2, 20)[:, None] * directions(3, dim)
+    rho, k = 5 * directions(4, dim, seed=1), double(0.1, 1, 8, 60)
+    log_p = vmf_log_prob(z[:, None], unit_vectors(e), e.norm(dim=1))[:, :, None]  # (N, B, 1)
+    log_q = vmf_log_prob(z[:, None], unit_vectors(rho), k)[:, None]  # (N, 1, C)
+    exact = (weights[:, None, None] * integrand(metric, log_p, log_q)).sum(0)
+    exact = exact if metric == "kl" else exact.log()
+    torch.testing.assert_close(similarity(metric, e, rho, k[:, None]), exact, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl"])
+def test_similarity_of_a_vmf_and_a_nivmf_matches_quadrature_within_its_standard_error(metric, dim):
+    z, weights = quadrature(dim, n=2000 if dim == 2 else 400)
+    e, samples = double(0.5, 4, 15)[:, None] * directions(3, dim), 20000
+    rho, K = directions(4, dim, seed=1), double(0.5, 2, 5, 9)[:, None] * double(*[1, 4, 2][:dim])
+    log_p = vmf_log_prob(z[:, None], unit_vectors(e), e.norm(dim=1))[:, :, None]  # (N, B, 1)
+    log_q = nivmf_log_prob(z, rho, K)[:, None]  # (N, 1, C)
+    values = integrand(metric, log_p, log_q)
+    exact = (weights[:, None, None] * values).sum(0)  # (B, C)
+    second_moment = (weights[:, None, None] * values.square() / log_p.exp()).sum(0)  # of values / p under p
+    if metric == "kl":  # the entropy is not sampled: the spread is that of log q alone
+        second_moment = (weights[:, None, None] * log_p.exp() * log_q.square()).sum(0)
+        mean = (weights[:, None, None] * log_p.exp() * log_q).sum(0)
+    else:
+        mean = exact
+    error = (second_moment - mean.square()).clamp_min(0).sqrt() / math.sqrt(samples)
+    estimate = similarity(metric, e, rho, K, samples)
+    estimate = estimate if metric == "kl" else estimate.exp()
+    assert ((estimate - exact).abs() < 4 * error + 1e-9).all()
+    assert (error < 0.1 * exact.abs() + 0.05).all()  # the test can tell
+
+
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl", "loglik"])
+def test_sampled_similarity_to_isotropic_nivmf_proxies_approaches_the_closed_form(metric):
+    e, rho = double(1, 5, 12)[:, None] * directions(3, 16), directions(5, 16, seed=1)
+    k = double(1, 3, 6, 9, 12)[:, None]
+    closed, sampled = similarity(metric, e, rho, k), similarity(metric, e, rho, k.expand(5, 16), samples=20000)
+    torch.testing.assert_close(sampled, closed, rtol=0, atol=1e-10 if metric == "loglik" else 0.1)
+
+
+def test_cosine_l2_and_loglik_are_their_formulas():
+    e, rho = 3 * torch.randn(4, 6, dtype=torch.float64), 2 * torch.randn(5, 6, dtype=torch.float64)
+    expected = torch.nn.functional.cosine_similarity(e[:, None], rho, dim=-1)
+    torch.testing.assert_close(similarity("cosine", e, rho, None), expected)
+    torch.testing.assert_close(similarity("l2", e, rho, None), -(e[:, None] - rho).square().sum(-1))
+    K = 1 + 5 * torch.rand(5, 6, dtype=torch.float64)
+    expected = nivmf_log_prob(unit_vectors(e), unit_vectors(rho), K)
+    torch.testing.assert_close(similarity("loglik", e, rho, K), expected)
+
+
+def test_an_image_is_most_similar_to_the_class_it_points_at_under_every_metric():
+    rho = directions(6, 24)
+    for metric, proxy in CELLS:
+        concentration = torch.full((6, 24 if proxy == "nivmf" else 1), 20.0, dtype=torch.float64)
+        sim = similarity(metric, 20 * rho, 20 * rho if metric == "l2" else rho, concentration, samples=50)
+        assert sim.shape == (6, 6) and torch.equal(sim.argmax(1), torch.arange(6)), (metric, proxy)
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+
+def criterion(metric="elk", proxy="nivmf", C=7, D=16, temperature=1.0, seed=0, **options):
+    torch.manual_seed(seed)
+    module = ProbabilisticProxies(C, D, metric, proxy, temperature=temperature, **options)
+    if module.concentrations is not None:
+        module.concentrations.data.mul_(0.5 + torch.rand_like(module.concentrations))
+    return module
+
+
+def loss_and_gradients(module, e, labels):
+    e = e.clone().requires_grad_()
+    loss = module(e, labels, torch.Generator().manual_seed(0))
+    return loss, torch.autograd.grad(loss, [e, *module.parameters()])
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_loss_is_the_cross_entropy_of_similarity_over_temperature(metric, proxy):
+    module, e, labels = criterion(metric, proxy, temperature=0.5), 5 * torch.randn(6, 16), torch.arange(6)
+    sim = module.similarity(e, torch.Generator().manual_seed(0)) / 0.5
+    assert sim.shape == (6, 7)
+    expected = -torch.stack([sim[i, i] - sim[i].logsumexp(0) for i in range(6)]).mean()
+    loss, gradients = loss_and_gradients(module, e, labels)
+    torch.testing.assert_close(loss, expected)
+    assert loss.shape == () and all(g.abs().max() > 0 for g in gradients[1:]), "every parameter learns"
+
+
+@pytest.mark.parametrize("metric, proxy", [cell for cell in CELLS if cell[1] == "vmf" or cell[0] == "loglik"])
+def test_gradients_of_the_closed_forms_match_finite_differences(metric, proxy):
+    module = criterion(metric, proxy, C=4, D=5).double()
+    names, values = zip(*module.named_parameters())
+    e, labels = 3 * torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 2, 1])
+
+    def loss(e, *values):
+        return torch.func.functional_call(module, dict(zip(names, values)), (e, labels))
+
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (e, *values)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl"])
+def test_gradients_by_the_parameters_match_finite_differences_on_shared_samples(metric):
+    # By the parameters, for which the samples stay where they are; for the image's own gradient, see the next test.
+    module = criterion(metric, "nivmf", C=4, D=5, samples=3).double()
+    names, values = zip(*module.named_parameters())
+    e, labels = 3 * torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 2, 1])
+
+    def loss(*values):
+        return torch.func.functional_call(module, dict(zip(names, values)),
+                                          (e, labels, torch.Generator().manual_seed(0)))
+
+    assert torch.autograd.gradcheck(loss, [value.detach().clone().requires_grad_() for value in values])
+
+
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl"])
+def test_gradient_of_a_sampled_similarity_by_the_image_matches_quadrature(metric):
+    z, weights = quadrature(3, n=200)
+    rho, K = directions(2, 3, seed=1), double(1, 4, 2) * double(1, 2)[:, None]
+    e = (4 * directions(1, 3)).requires_grad_()
+    log_p = vmf_log_prob(z[:, None], unit_vectors(e), e.norm(dim=1))[:, :, None]
+    exact = (weights[:, None, None] * integrand(metric, log_p, nivmf_log_prob(z, rho, K)[:, None])).sum(0)
+    exact = exact if metric == "kl" else exact.log()
+    expected, = torch.autograd.grad(exact[0, 0] - exact[0, 1], e)
+    sampled = similarity(metric, e, rho, K, samples=200000)
+    actual, = torch.autograd.grad(sampled[0, 0] - sampled[0, 1], e)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.02 * expected.norm().item())
+
+
+@pytest.mark.parametrize("proxy", ["vmf", "nivmf"])
+def test_norm_is_a_temperature_the_class_posterior_sharpens_as_it_grows(proxy):
+    module = criterion("elk", proxy, concentration_init=20.0, samples=20000)
+    direction = unit_vectors(module.proxies[:1].detach() + 0.5 * module.proxies[1:2].detach())
+    e = torch.tensor([0.0, 1, 3, 10, 30, 100])[:, None] * direction
+    log_posterior = (module.similarity(e, torch.Generator().manual_seed(0))).log_softmax(1)
+    entropy = -(log_posterior.exp() * log_posterior).sum(1)
+    assert (entropy[1:] < entropy[:-1]).all()
+
+
+@pytest.mark.parametrize("proxy", ["vmf", "nivmf"])
+def test_norm_scales_the_gradient_clear_images_turn_the_network_more(proxy):
+    # An image halfway between two classes, whose posterior is 1/2 whatever its norm: the norm's own factor is left.
+    module = ProbabilisticProxies(2, 16, "elk", proxy, temperature=1.0, samples=2000, concentration_init=20.0)
+    module.proxies.data = torch.eye(2, 16)
+    sizes = []
+    for norm in (0.1, 1.0, 5.0, 20.0, 80.0):
+        mu = unit_vectors(torch.ones(1, 2)) @ torch.eye(2, 16)
+        mu.requires_grad_()
+        loss = module(norm * mu, torch.tensor([0]), torch.Generator().manual_seed(0))
+        gradient, = torch.autograd.grad(loss, mu)
+        sizes.append(gradient[0, :2].sub(gradient[0, :2].mean()).norm().item())  # in the plane of the two proxies
+    assert all(a < b for a, b in zip(sizes, sizes[1:])), sizes
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_order_of_the_classes_and_of_the_batch_does_not_matter(metric, proxy):
+    module, e, labels = criterion(metric, proxy), 5 * torch.randn(6, 16), torch.arange(6)
+    before = loss_and_gradients(module, e, labels)[0]
+    order = torch.randperm(7)
+    module.proxies.data = module.proxies.data[order]
+    if module.concentrations is not None:
+        module.concentrations.data = module.concentrations.data[order]
+    after = loss_and_gradients(module, e, order.argsort()[labels])[0]
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_a_batch_of_one_and_a_single_sample_work(metric, proxy):
+    module = criterion(metric, proxy, samples=1)
+    loss, gradients = loss_and_gradients(module, torch.randn(1, 16), torch.tensor([3]))
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_a_class_far_away_gets_no_weight_and_is_no_danger(metric, proxy):
+    module = criterion(metric, proxy, C=3, D=64)
+    e = 100 * torch.eye(1, 64)
+    module.proxies.data = (100 if metric == "l2" else 1) * torch.stack([e[0] / 100, -e[0] / 100, e[0] / 100])
+    if module.concentrations is not None:
+        module.concentrations.data.fill_(1e4)
+    if metric == "cosine":
+        module.log_temperature.data.fill_(math.log(1e-3))
+    loss, (_, gradient, *_) = loss_and_gradients(module, e, torch.tensor([0]))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-3)
+    assert gradient[1].abs().max() < 1e-6
+    loss, gradients = loss_and_gradients(module, e, torch.tensor([1]))  # and it is the label
+    assert 100 < loss < 1e6 and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_loss_and_gradients_are_finite_for_embeddings_of_any_norm(metric, proxy):
+    module = criterion(metric, proxy, C=10, D=512)
+    e = unit_vectors(torch.randn(7, 512)) * torch.tensor([0, 1e-30, 1e-6, 1e-3, 1, 1e3, 1e5])[:, None]
+    for temperature in (1.0, 0.003):
+        module.log_temperature.data.fill_(math.log(temperature))
+        loss, gradients = loss_and_gradients(module, e, torch.arange(7))
+        assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
+        for i in range(7):
+            loss, gradients = loss_and_gradients(module, e[i:i + 1], torch.tensor([i]))
+            assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl"])
+def test_an_image_exactly_opposite_to_a_proxy_has_a_finite_gradient(metric):
+    e, rho, k = -8 * torch.eye(1, 4), torch.eye(2, 4), torch.full((2, 1), 8.0)  # k1 mu1 + k2 mu2 = 0
+    inputs = [tensor.requires_grad_() for tensor in (e, rho, k)]
+    sim = similarity(metric, *inputs)
+    assert sim.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(sim.sum(), inputs))
+
+
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl"])
+def test_float32_loss_is_the_float64_loss(metric):
+    module, e, labels = criterion(metric, "vmf", C=10, D=512), 2 * torch.randn(6, 512), torch.arange(6)
+    single = module(e, labels)
+    torch.testing.assert_close(single.double(), module.double()(e.double(), labels), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_no_tensor_grows_with_batch_times_classes_times_dimension(metric, proxy):
+    S, B, C, D = 3, 10, 40, 30
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if torch.is_tensor(tensor):
+                    self.size = max(self.size, tensor.numel())
+            return result
+
+    module, e = criterion(metric, proxy, C=C, D=D, samples=S), torch.randn(B, D, requires_grad=True)
+    with Largest() as largest:
+        module(e, torch.arange(B)).backward()
+    assert largest.size <= max(S * B * C, S * B * D, C * D, S * B * 24)
+
+
+def test_warm_start_turns_proxies_to_the_mean_directions_of_their_classes():
+    for metric, length in (("elk", 1.0), ("l2", 50.0)):
+        module = criterion(metric, "vmf", C=3, D=4, concentration_init=50.0)
+        untouched = module.proxies[1].detach().clone()
+        e = torch.tensor([[1.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 2, 0]])
+        module.warm_start(e, torch.tensor([0, 0, 2]))
+        half = math.sqrt(0.5)
+        torch.testing.assert_close(module.proxies[0], length * torch.tensor([half, half, 0, 0]))
+        torch.testing.assert_close(module.proxies[2], length * torch.tensor([0.0, 0, 1, 0]))
+        assert torch.equal(module.proxies[1], untouched)
+
+
+def test_concentrations_stay_at_the_floor_or_above_and_can_leave_it():
+    module, e, labels = criterion(C=4, D=8), torch.randn(4, 8), torch.arange(4)
+    module.concentrations.data[0] = -3
+    loss, gradients = loss_and_gradients(module, e, labels)
+    gradient = dict(zip(dict(module.named_parameters()), gradients[1:]))["concentrations"]
+    assert loss.isfinite() and (module.concentrations[0] == prob_dml.MIN_CONCENTRATION).all()
+    assert (gradient[0] != 0).all()
+
+
+def test_temperature_is_learned_and_positive():
+    module, e = criterion(temperature=0.003), 20 * torch.randn(6, 16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        module(e, torch.arange(6)).backward()
+        optimizer.step()
+    temperature = module.log_temperature.exp()
+    assert temperature > 0 and abs(temperature / 0.003 - 1) > 0.1
+
+
+def test_statistics_of_norms_concentrations_and_temperature():
+    module = ProbabilisticProxies(2, 4, temperature=0.25)
+    module.concentrations.data = torch.tensor([[1.0, 1, 3, 3], [5, 5, 5, 5]])
+    values = module.statistics(torch.tensor([[3.0, 4, 0, 0], [0, 0, 0, 1]]))
+    assert values == pytest.approx({"norm_mean": 3, "norm_std": 2, "temperature": 0.25, "concentration": 3.5,
+                                    "anisotropy": 0.25})
+    assert set(criterion("cosine", "vmf").statistics(torch.ones(1, 16))) == {"norm_mean", "norm_std", "temperature"}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(metric="mahalanobis"), "metric must be one of elk"), (dict(proxy="gauss"), "proxy must be one of nivmf"),
+    (dict(normalizer="none"), "normalizer must be one of exact"), (dict(metric="cosine"), "use proxy vmf"),
+    (dict(metric="l2"), "use proxy vmf"), (dict(proxy="vmf", normalizer="released"), "leave it at exact"),
+    (dict(samples=0), "samples must be at least 1"), (dict(dim=1), "dim must be at least 2"),
+    (dict(temperature=0.0), "temperature must be"), (dict(concentration_init=-1.0), "concentration_init must be"),
+    (dict(temperature=math.nan), "temperature must be"), (dict(num_classes=0), "num_classes must be")])
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        ProbabilisticProxies(**{"num_classes": 3, "dim": 4} | options)
+
+
+def test_bad_shapes_and_labels_are_named():
+    module = ProbabilisticProxies(3, 4)
+    for bad in (lambda: module(torch.ones(2, 5), torch.zeros(2, dtype=torch.long)),
+                lambda: module(torch.ones(2, 4), torch.zeros(3, dtype=torch.long)),
+                lambda: module.warm_start(torch.ones(2, 4), torch.tensor([0, 3])),
+                lambda: module.warm_start(torch.ones(2, 4), torch.tensor([0])),
+                lambda: log_vmf_normalizer(torch.ones(2), 1),
+                lambda: sample_vmf(torch.ones(2, 3), torch.ones(3), 5),
+                lambda: sample_vmf(torch.ones(2, 3), torch.ones(2), 0),
+                lambda: nivmf_log_prob(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 2)),
+                lambda: nivmf_log_prob(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 3), "approximate")):
+        with pytest.raises(UserError):
+            bad()
