@@ -142,7 +142,7 @@ def parser(description, epilog):
     """The options that both scripts share. A default of None is filled in by the preset of the data set."""
     p = argparse.ArgumentParser(description=description, epilog=epilog,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=data.DATASETS, default="toy", help="default: toy, built in")
+    p.add_argument("--dataset", choices=data.DATASETS, default="cub200", help="default: cub200; toy is built in")
     p.add_argument("--data_root", default="data", help="folder that holds, or receives, the data set (default: data)")
     p.add_argument("--arch", choices=("resnet50", "conv4"), help="default: conv4 for toy, resnet50 for the others")
     p.add_argument("--weights", help="imagenet, none or a state dict's path (default: imagenet for resnet50)")
@@ -151,6 +151,8 @@ def parser(description, epilog):
     p.add_argument("--image_size", type=positive(int), help="pixels (default: 224; conv4: 32 for toy, else 64)")
     p.add_argument("--augment", choices=("photo", "light"),
                    help="photo: the papers' crop and flip; light: small crops, no flip (default: light for conv4)")
+    p.add_argument("--corrupt", action="store_true",
+                   help="add noise and erasing to all images, a known amount to each (default: off)")
     p.add_argument("--embed_dim", type=positive(int), help="D (default: 128; toy 64)")
     p.add_argument("--epochs", type=positive(int), help="default: by preset")
     p.add_argument("--warmup", type=int, help="epochs in which the backbone stays as it is (default: by preset)")
@@ -278,6 +280,8 @@ def build_network(args, checkpoint=None):
 def load_splits(args):
     """(training, validation or None, test) Splits of a run."""
     train, test = data.load(args.dataset, args.data_root)
+    if args.corrupt:
+        train, test = data.corrupted(train, seed=1), data.corrupted(test, seed=2)
     if args.val_fraction:
         return (*data.hold_out(train, args.val_fraction), test)
     return train, None, test

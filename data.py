@@ -36,7 +36,8 @@ class Split(NamedTuple):
     images: list                              # N paths, or N uint8 arrays (H, W)
     labels: torch.Tensor                      # (N,) int64
     class_names: list
-    ambiguity: Optional[torch.Tensor] = None  # (N,) in [0, 1] where it is known (toy)
+    ambiguity: Optional[torch.Tensor] = None  # (N,) in [0, 1] where it is known (toy, corrupted images)
+    corruption: Optional[torch.Tensor] = None  # (N,) in [0, 1]: how much noise and erasing to add
 
 
 def progress(items, total, what):
@@ -222,9 +223,9 @@ def hold_out(split, fraction):
     parts = []
     for first, last in ((0, classes - held), (classes - held, classes)):
         chosen = torch.nonzero((split.labels >= first) & (split.labels < last)).flatten()
-        ambiguity = None if split.ambiguity is None else split.ambiguity[chosen]
+        known = [None if values is None else values[chosen] for values in (split.ambiguity, split.corruption)]
         parts.append(Split([split.images[i] for i in chosen], split.labels[chosen] - first,
-                           split.class_names[first:last], ambiguity))
+                           split.class_names[first:last], *known))
     return tuple(parts)
 
 
@@ -415,6 +416,24 @@ def test_transform(size, augment):
     return transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE])
 
 
+def corrupted(split, seed):
+    """The split with an amount of corruption, uniform in [0, 1], given to each image. It is the image's ambiguity;
+    toy's own comes on top: an image is clear to the extent that it is neither."""
+    amount = torch.rand(len(split.images), generator=torch.Generator().manual_seed(seed))
+    own = 0 if split.ambiguity is None else split.ambiguity
+    return split._replace(corruption=amount, ambiguity=1 - (1 - amount) * (1 - own))
+
+
+def corrupt(image, amount, seed):
+    """Add noise of deviation `amount` to a normalised picture (3, H, W) and erase a square of up to half its area."""
+    rng = torch.Generator().manual_seed(seed)
+    image = image + amount * torch.randn(image.shape, generator=rng)
+    side = round(math.sqrt(0.5 * amount) * min(image.shape[1:]))
+    top, left = (int(torch.randint(length - side + 1, (), generator=rng)) for length in image.shape[1:])
+    image[:, top:top + side, left:left + side] = 0
+    return image
+
+
 class Images(torch.utils.data.Dataset):
     """Pictures of a Split as normalised tensors (3, H, W) with their labels.
 
@@ -435,6 +454,8 @@ class Images(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed)
         image = self.transform(image)
         torch.set_rng_state(state)
+        if self.split.corruption is not None:              # the same noise in every epoch: it belongs to the image
+            image = corrupt(image, float(self.split.corruption[index]), seed=index)
         return image, self.split.labels[index]
 
 

@@ -7,7 +7,7 @@ regulariser is its negative log-likelihood. No pairs of samples are needed.
 
 In reading order: three proxy losses; the GLOW flow; the NIR term on top of a loss; the papers' settings; main.
 
-    python nir.py                                           built-in toy characters, minutes on a laptop
+    python nir.py --dataset toy                             built-in toy characters, minutes on a laptop
     python nir.py --dataset cub200 --loss proxyanchor       the paper's run: ResNet50, a GPU
     python nir.py --dataset cub200 --nir_weight 0           its baseline, the proxy loss alone
 """

@@ -256,10 +256,10 @@ def test_a_run_never_overwrites_another(photos, tmp_path, monkeypatch):
 def test_toy_training_beats_an_untrained_network_by_a_wide_margin(tmp_path):
     """A few epochs of the toy preset."""
     from evaluate import recall_at_k
-    args = common.parse(*_nir_parser(), ["--device", "cpu"])
+    args = common.parse(*_nir_parser(), ["--dataset", "toy", "--device", "cpu"])
     _, test = data.load("toy", None)
     untrained = recall_at_k(common.embed(common.build_network(args), test, args, torch.device("cpu")), test.labels, [1])[1]
-    nir.main(["--device", "cpu", "--epochs", "3", "--nir_weight", "0", "--out", str(tmp_path)])
+    nir.main(["--dataset", "toy", "--device", "cpu", "--epochs", "3", "--nir_weight", "0", "--out", str(tmp_path)])
     trained = json.loads((tmp_path / "results.json").read_text())["last"]["recall@1"]
     assert untrained < 0.35 and trained > untrained + 0.15
 
@@ -292,15 +292,15 @@ class Code:
     (["--lr", "fast"], "invalid positive float value: 'fast'"),
     (["--nir_weight", "-1"], "--nir_weight and --proxy_weight cannot be negative"),
     (["--val_fraction", "1.5"], "--val_fraction 1.5 is not in [0, 1)"),
-    (["--arch", "conv4", "--weights", "imagenet"], "--weights imagenet needs --arch resnet50"),
-    (["--device", "gpu"], "--device gpu cannot be used"),
+    (["--dataset", "toy", "--weights", "imagenet"], "--weights imagenet needs --arch resnet50"),
+    (["--dataset", "toy", "--device", "gpu"], "--device gpu cannot be used"),
     (["--image_size", "8"], "--image_size 8 is too small"),
-    (["--batch_size", "7"], "--batch_size 7 is not a multiple of 2"),
-    (["--batch_size", "900"], "--batch_size 900 is more than 2000 images of 100 training classes allow: use at most 500"),
+    (["--dataset", "toy", "--batch_size", "7"], "--batch_size 7 is not a multiple of 2"),
+    (["--dataset", "toy", "--batch_size", "900"], "--batch_size 900 is more than 2000 images of 100 training classes allow: use at most 500"),
     (["--dataset", "folder", "--data_root", "nowhere", "--arch", "conv4"], "the folder nowhere does not exist"),
     (["--dataset", "cars196", "--data_root", ".", "--arch", "conv4"], "official address is dead"),
     (["--resume", "nothing.pt"], "--resume nothing.pt does not exist"),
-    (["--out", "/proc/nothing"], "give another"),
+    (["--dataset", "toy", "--out", "/proc/nothing"], "give another"),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

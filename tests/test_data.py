@@ -521,3 +521,23 @@ def test_held_out_classes_are_disjoint_and_the_test_classes_untouched():
     assert torch.equal(torch.cat([rest.ambiguity, held.ambiguity]), train.ambiguity)
     with pytest.raises(UserError, match="--val_fraction 0.99 leaves 1 of 100"):
         data.hold_out(train, 0.99)
+
+
+def test_corruption_is_known_repeatable_and_grows_with_its_amount():
+    train, _ = data.load("toy", None)
+    spoiled = data.corrupted(train, seed=1)
+    assert torch.equal(spoiled.corruption, data.corrupted(train, seed=1).corruption)
+    torch.testing.assert_close(1 - spoiled.ambiguity, (1 - spoiled.corruption) * (1 - train.ambiguity))
+    transform = data.test_transform(32, "light")
+    clean, noisy = data.Images(train, transform), data.Images(spoiled, transform)
+    assert torch.equal(noisy[3][0], noisy[3][0])
+    held = data.hold_out(spoiled, 0.2)[1]
+    assert torch.equal(data.Images(held, transform).split.corruption, spoiled.corruption[-400:])
+    image = torch.ones(3, 200, 200)
+    assert torch.equal(data.corrupt(image, 0.0, seed=0), image)
+    for amount in (0.3, 1.0):
+        result = data.corrupt(image, amount, seed=0)
+        kept = result != 0
+        assert (~kept).float().mean().item() == pytest.approx(amount / 2, abs=0.01)
+        assert (result[kept] - 1).std().item() == pytest.approx(amount, rel=0.02)
+    assert clean[3][0].shape == noisy[3][0].shape

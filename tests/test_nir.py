@@ -290,7 +290,7 @@ def test_presets_are_the_papers(monkeypatch):
 
 
 def test_the_command_line_beats_the_preset(monkeypatch):
-    given = settings(monkeypatch, "--epochs", "3", "--proxy_lr", "7", "--nir_form", "exp", "--lr_steps")
+    given = settings(monkeypatch, "--dataset", "toy", "--epochs", "3", "--proxy_lr", "7", "--nir_form", "exp", "--lr_steps")
     assert (given["epochs"], given["proxy_lr"], given["nir_form"], given["lr_steps"]) == (3, 7, "exp", [])
 
 
