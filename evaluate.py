@@ -1,7 +1,7 @@
 """How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
 
 In reading order: retrieval (Recall@k, mAP@k, MAP@R), clustering (NMI, F1), structure (uniformity, spectral decay,
-density, variance of concentrations), the table, the pictures. Everything is exact, needs no pairwise matrix in memory
+density, variance of concentrations), uncertainty (what the norm knows), the table, the pictures. Everything is exact, needs no pairwise matrix in memory
 at once (Stanford Online Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
@@ -12,6 +12,7 @@ import math
 import warnings
 from pathlib import Path
 
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
@@ -48,12 +49,16 @@ def check_ks(ks):
 
 # ------------------------------------------------------------------------------------------------------ retrieval
 
-def comparisons(embeddings, labels, what):
-    """For chunks of queries: cosine to the relatives (same class, not the query itself) and to the strangers.
+def cosine(queries, embeddings):
+    """(B, D), (N, D) -> (B, N). A zero vector stays zero: cosine 0 to all."""
+    return F.normalize(queries, dim=1) @ F.normalize(embeddings, dim=1).T
+
+
+def comparisons(embeddings, labels, what, similarity=cosine):
+    """For chunks of queries: similarity to the relatives (same class, not the query itself) and to the strangers.
 
     Yields relatives (B, M), closest first, filled up with -inf, and strangers (B, N), -inf where no stranger is.
     """
-    embeddings = F.normalize(embeddings, dim=1)                       # leaves a zero vector zero: cosine 0 to all
     order, counts = labels.argsort(stable=True), labels.bincount()    # order: the members of class 0, of class 1, ...
     first = counts.cumsum(0) - counts                                 # where a class begins in order
     queries = order[counts[labels[order]] > 1]
@@ -70,13 +75,13 @@ def comparisons(embeddings, labels, what):
         member = order[(first[label].unsqueeze(1) + slot).clamp(max=len(order) - 1)]        # (B, M + 1)
         absent = (slot >= counts[label].unsqueeze(1)) | (member == query.unsqueeze(1))      # always true for one slot
         member = torch.where(absent, query.unsqueeze(1), member)
-        cosine = embeddings[query] @ embeddings.T                                           # (B, D) @ (D, N) -> (B, N)
-        relatives = cosine.gather(1, member).masked_fill(absent, -math.inf)
-        yield relatives.sort(dim=1, descending=True).values[:, :-1], cosine.scatter_(1, member, -math.inf)
+        near = similarity(embeddings[query], embeddings)                                    # (B, N)
+        relatives = near.gather(1, member).masked_fill(absent, -math.inf)
+        yield relatives.sort(dim=1, descending=True).values[:, :-1], near.scatter_(1, member, -math.inf)
 
 
-def recall_at_k(embeddings, labels, ks):
-    """Recall@k {k: fraction of queries with a relative among the k nearest by cosine} of (N, D) embeddings.
+def recall_at_k(embeddings, labels, ks, similarity=cosine):
+    """Recall@k {k: fraction of queries with a relative among the k most similar} of (N, D) embeddings.
 
     No sorting: it is a hit when fewer than k strangers are at least as close as the closest relative. A tie counts
     against the query, so that a network which maps all images to one point scores 0 (an argsort may give it 100 %).
@@ -84,7 +89,7 @@ def recall_at_k(embeddings, labels, ks):
     """
     check_ks(ks)
     ahead = torch.cat([(strangers >= relatives[:, :1] - TIE).sum(1)
-                       for relatives, strangers in comparisons(*check(embeddings, labels), "recall: queries")])
+                       for relatives, strangers in comparisons(*check(embeddings, labels), "recall: queries", similarity)])
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 
@@ -246,6 +251,28 @@ def concentration_variance(embeddings, labels):
     return kappa.var(correction=0).item()
 
 
+def uncertainty(embeddings, labels, ambiguity=None):
+    """Does the norm of an (N, D) embedding, not normalised, say how certain it is? ({name: number}, error curve).
+
+    norm_auroc: chance that of two images the one whose nearest neighbour (by cosine) is right has the larger norm.
+    norm_clarity: Spearman correlation of the norm with 1 - ambiguity (N,), where that is known.
+    The curve is [(fraction rejected, error of the others)]: images of the lowest norm are rejected first.
+    """
+    embeddings, labels = check(embeddings, labels)
+    nearest = [cosine(part, embeddings).scatter_(1, own.unsqueeze(1), -math.inf).argmax(1) for part, own in zip(
+        embeddings.split(max(1, CHUNK // len(labels))), torch.arange(len(labels), device=labels.device).split(
+            max(1, CHUNK // len(labels))))]
+    right, norm = (labels[torch.cat(nearest)] == labels).cpu().numpy(), embeddings.norm(dim=1).cpu().numpy()
+    values = {"norm_auroc": math.nan}
+    if 0 < right.sum() < len(right):
+        wins = scipy.stats.mannwhitneyu(norm[right], norm[~right]).statistic
+        values["norm_auroc"] = float(wins) / float(right.sum() * (~right).sum())
+    if ambiguity is not None:
+        values["norm_clarity"] = float(scipy.stats.spearmanr(norm, 1 - ambiguity.cpu().numpy()).statistic)
+    wrong = ~right[norm.argsort(kind="stable")]
+    return values, [(i / 20, float(wrong[len(wrong) * i // 20:].mean())) for i in range(20)]
+
+
 def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
     """All of the above as {name: number}, for the L2-normalised (N, D) embeddings; `seed` is that of k-means."""
     embeddings, labels = check(embeddings, labels)
@@ -342,6 +369,8 @@ def main(argv=None):
     p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run; its settings are used")
     p.add_argument("--data_root", help="where the data set is now (default: where it was)")
     p.add_argument("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
+    p.add_argument("--retrieval", choices=("cosine", "elk"), default="cosine",
+                   help="elk: Recall@k by the kernel of the embeddings' vMF distributions beside it (default: cosine)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--workers", type=int, help="processes that load images (default: as in the run)")
     given = p.parse_args(argv)
@@ -351,10 +380,18 @@ def main(argv=None):
     device, folder = common.make_device(args.device), Path(given.checkpoint).parent
     test = common.load_splits(args)[2]
     embeddings = common.embed(common.build_network(args, checkpoint).to(device), test, args, device)
-    metrics = {"epoch": checkpoint["epoch"],
-               **all_metrics(embeddings, test.labels, (1, 10, 100, 1000) if args.dataset == "sop" else (1, 2, 4, 8))}
+    ks = (1, 10, 100, 1000) if args.dataset == "sop" else (1, 2, 4, 8)
+    certainty, curve = uncertainty(embeddings, test.labels, test.ambiguity)
+    metrics = {"epoch": checkpoint["epoch"], **all_metrics(embeddings, test.labels, ks), **certainty}
+    if given.retrieval == "elk":
+        import prob_dml
+
+        def kernel(queries, embeddings):
+            return prob_dml.SIMILARITIES["elk"](queries, embeddings, embeddings.norm(dim=1, keepdim=True), 1, "exact", None)
+        metrics.update({f"recall@{k} elk": v for k, v in recall_at_k(embeddings, test.labels, ks, kernel).items()})
     print(table({Path(given.checkpoint).name: metrics}))
     common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
+    common.save_file(folder / "rejection.csv", common.csv_text([dict(zip(("rejected", "error"), row)) for row in curve]))
     if given.pictures:
         def image(i):                              # as the network sees it, in the colours before normalisation
             return (shown[i][0] * std + mean).clamp(0, 1)

@@ -468,3 +468,41 @@ def test_pictures_of_noise_at_64_pixels_stay_small(tmp_path):
     embeddings, labels = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 5
     evaluate.save_retrieval(tmp_path / "r.png", lambda i: torch.rand(3, 64, 64), embeddings, labels)
     assert (tmp_path / "r.png").stat().st_size < 1_000_000
+
+
+# ---------------------------------------------------------------------------------------------------- uncertainty
+
+def test_the_norm_is_judged_by_who_is_retrieved_rightly():
+    torch.manual_seed(0)
+    labels = torch.arange(5).repeat_interleave(12)
+    embeddings = torch.randn(5, 6)[labels] + 1.5 * torch.randn(60, 6)
+    norms = embeddings.norm(dim=1)
+    similarity = F.cosine_similarity(embeddings[:, None], embeddings[None], dim=2) - 9 * torch.eye(60)
+    right = labels[similarity.argmax(1)] == labels
+    wins = [(a > b).item() + 0.5 * (a == b).item() for a in norms[right] for b in norms[~right]]
+    ambiguity = torch.rand(60)
+    values, curve = evaluate.uncertainty(embeddings, labels, ambiguity)
+    assert len(wins) > 100 and values["norm_auroc"] == pytest.approx(sum(wins) / len(wins))
+    assert curve[0] == (0.0, pytest.approx(1 - right.double().mean().item()))
+    assert values["norm_clarity"] == pytest.approx(
+        scipy.stats.spearmanr(embeddings.norm(dim=1), -ambiguity).statistic)
+    order = embeddings.norm(dim=1).argsort(stable=True)
+    assert curve[10] == (0.5, pytest.approx(1 - right[order[30:]].double().mean().item()))
+
+
+def test_a_norm_that_knows_everything_and_one_that_knows_nothing():
+    labels, directions = torch.tensor([0, 0, 1, 0]), torch.tensor([[1.0, 0], [1, 0.01], [0, 1], [0.01, 1]])
+    right = torch.tensor([True, True, False, False])
+    for sign, expected in ((1, 1.0), (-1, 0.0)):
+        scaled = F.normalize(directions) * (3 + sign * right.float()).unsqueeze(1)
+        values, _ = evaluate.uncertainty(scaled, labels)
+        assert values == {"norm_auroc": expected}
+    assert math.isnan(evaluate.uncertainty(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))[0]["norm_auroc"])
+
+
+def test_recall_ranks_by_whatever_similarity_it_is_given():
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(40, 3), torch.arange(40) % 8
+    euclidean = torch.cdist(embeddings, embeddings) + 99 * torch.eye(40)
+    expected = (labels[euclidean.argmin(1)] == labels).double().mean().item()
+    assert evaluate.recall_at_k(embeddings, labels, [1], lambda a, b: -torch.cdist(a, b))[1] == pytest.approx(expected)
