@@ -1,13 +1,18 @@
 """The densities against closed forms, quadrature and 40-digit references; the sampler against its exact distribution;
 the loss against what the paper says of it."""
+import csv
 import math
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import common
+import data
+import nir
 import prob_dml
 from data import UserError
 from prob_dml import (ProbabilisticProxies, SIMILARITIES, log_vmf_normalizer, mean_resultant_length, nivmf_log_prob,
@@ -593,3 +598,93 @@ def test_bad_shapes_and_labels_are_named():
                 lambda: nivmf_log_prob(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 3), "approximate")):
         with pytest.raises(UserError):
             bad()
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+def test_guidance_is_proxyanchor_on_the_directions_of_the_same_proxies():
+    torch.manual_seed(0)
+    embeddings, labels = 7 * torch.randn(6, 5), torch.tensor([0, 0, 1, 1, 2, 2])
+    made = prob_dml.Criterion(ProbabilisticProxies(3, 5, proxy="vmf"), guidance_weight=0.5)
+    anchor = nir.ProxyAnchor(3, 5)
+    anchor.proxies.data.copy_(made.proxies.proxies.data)
+    terms = made.terms(embeddings, labels)
+    assert terms["elk"].item() == pytest.approx(made.proxies(embeddings, labels).item())
+    assert terms["guidance"].item() == pytest.approx(0.5 * anchor(embeddings, labels).item())
+    assert list(prob_dml.Criterion(ProbabilisticProxies(3, 5)).terms(embeddings, labels)) == ["elk"]
+
+
+def test_each_parameter_is_in_one_group_at_its_own_rate():
+    made = prob_dml.Criterion(ProbabilisticProxies(3, 5), 1.0, proxy_lr=2, concentration_lr=3, temperature_lr=5)
+    rates = {id(group["params"][0]): group["lr"] for group in made.groups(0.1)}
+    inner = made.proxies
+    assert len(rates) == len(list(made.parameters())) == 3
+    assert rates == pytest.approx({id(inner.proxies): 0.2, id(inner.concentrations): 0.3, id(inner.log_temperature): 0.5})
+
+
+def settings(monkeypatch, *argv):
+    caught = {}
+    monkeypatch.setattr(common, "train", lambda args, *_: caught.update(vars(args)))
+    prob_dml.main(list(argv))
+    return caught
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ("", dict(dataset="cub200", arch="resnet50", metric="elk", proxy="nivmf", epochs=250, lr_steps=[25, 50], lr_gamma=0.3,
+              proxy_lr=5000, concentration_lr=20000, concentration_init=6, norm_multiplier=30, temperature=0.003,
+              temperature_lr=200, samples=5, guidance_weight=0.0, lr=1e-5)),
+    ("--embed_dim 512", dict(lr_steps=[31], lr_gamma=0.1, concentration_init=18, norm_multiplier=50)),
+    ("--dataset cars196", dict(epochs=300, lr_steps=[60, 80], proxy_lr=7500, concentration_lr=7500, norm_multiplier=12)),
+    ("--dataset cars196 --embed_dim 512", dict(lr_steps=[105, 170], lr_gamma=0.2, concentration_init=22)),
+    ("--metric kl --proxy vmf", dict(epochs=50, batch_size=106, concentration_lr=50000, norm_multiplier=150,
+                                     temperature=1.0, temperature_lr=500, concentration_init=10)),
+    ("--metric loglik", dict(temperature=1 / 32, proxy="nivmf")),
+    ("--metric cosine", dict(temperature=1 / 256, proxy="vmf")), ("--metric l2", dict(concentration_init=200)),
+    ("--metric elk --guidance_weight 5 --epochs 7", dict(guidance_weight=5.0, epochs=7))])
+def test_presets_are_the_released_settings_and_the_command_line_beats_them(monkeypatch, argv, expected):
+    given = settings(monkeypatch, *argv.split())
+    assert {key: given[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_every_cell_trains_from_the_command_line(metric, proxy, tmp_path, capsys):
+    """Two epochs on eight classes of one-coloured pictures; the log follows norm, concentration and temperature."""
+    rng = torch.Generator().manual_seed(0)
+    for c in range(8):
+        colour = torch.rand(3, 1, 1, generator=rng)
+        for i in range(4):
+            path = tmp_path / "photos" / f"{c}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torchvision.utils.save_image((colour + 0.1 * torch.randn(3, 20, 20, generator=rng)).clamp(0, 1), path)
+    prob_dml.main(["--dataset", "folder", "--data_root", str(tmp_path / "photos"), "--arch", "conv4", "--image_size", "16",
+                   "--embed_dim", "8", "--batch_size", "8", "--workers", "0", "--device", "cpu", "--epochs", "2",
+                   "--metric", metric, "--proxy", proxy, "--guidance_weight", "0.1", "--out", str(tmp_path / "run")])
+    first, last = csv.DictReader(open(tmp_path / "run/log.csv"))
+    assert {metric, "guidance", f"grad_share_{metric}", "norm_mean", "norm_std", "temperature"} <= last.keys()
+    assert ("anisotropy" in last) == (metric not in ("cosine", "l2")) and float(last[metric]) < float(first[metric]) + 0.5
+    changed = [float(first[key]) != float(last[key]) for key in ("temperature", "norm_mean")]
+    assert all(changed) and "recall@1" in capsys.readouterr().out
+
+
+def test_warm_start_turns_the_proxies_to_the_class_means_and_scales_the_norms(monkeypatch):
+    torch.manual_seed(0)
+    network = common.Network("conv4", 8, 16)
+    before = network.embedding.weight.detach().clone()
+    images, labels = torch.randint(0, 255, (6, 16, 16), dtype=torch.uint8).numpy(), torch.tensor([0, 0, 1, 1, 2, 2])
+    split = data.Split(list(images), labels, ["a", "b", "c"])
+    args = type("Args", (), dict(image_size=16, augment="light", workers=0, norm_multiplier=12.0))
+    criterion = prob_dml.Criterion(ProbabilisticProxies(3, 8))
+    prob_dml.setup(criterion, network, split, args, torch.device("cpu"))
+    assert torch.equal(network.embedding.weight, 12 * before)
+    embeddings = common.embed(network, split, args, torch.device("cpu"))
+    means = torch.nn.functional.normalize(embeddings).view(3, 2, 8).sum(1)
+    torch.testing.assert_close(criterion.proxies.proxies.data, torch.nn.functional.normalize(means))
+
+
+def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):
+    for argv, message in ((["--metric", "cosine", "--proxy", "nivmf"], "metric cosine knows no concentration"),
+                          (["--proxy", "vmf", "--normalizer", "released"], "leave it at exact"),
+                          (["--guidance_weight", "-1"], "--guidance_weight cannot be negative")):
+        with pytest.raises(SystemExit) as caught:
+            common.command(lambda: prob_dml.main(["--dataset", "toy", "--device", "cpu", *argv]))
+        assert caught.value.code == 2 and message in capsys.readouterr().err
