@@ -192,6 +192,8 @@ def parse(p, preset, argv=None):
     args = p.parse_args(argv)
     if args.resume:
         saved = load_checkpoint(args.resume, "--resume")["args"]
+        if vars(args).keys() - saved.keys():
+            raise UserError(f"--resume {args.resume} is a run of another script or version: resume it with its own")
         given = p.parse_args(argv, argparse.Namespace(**{key: saved.get(key) for key in vars(args)}))
         for key, value in vars(given).items():
             if key not in free and value != saved.get(key, value):

@@ -28,7 +28,7 @@ from torchvision import transforms
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one sentence that names the file, option or value and says what to do."""
+    """A user's mistake: one sentence that names the file, option or value and says what to do."""
 
 
 class Split(NamedTuple):
@@ -99,8 +99,7 @@ def load_cub200(root):
     try:
         labels = [label_of[class_of[image_id]] for image_id, _ in rows]
     except KeyError as error:
-        raise UserError(f"{base}/image_class_labels.txt and classes.txt know no class for the id {error} of images.txt:"
-                        " unpack the archive again") from None
+        raise UserError(f"{base} has no class for the id {error} of images.txt: unpack the archive again") from None
     return halves([base / "images" / path for _, path in rows], labels, [name for _, name in names])
 
 
@@ -120,14 +119,12 @@ def load_cars196(root):
             rows, names = read_mat(base / "cars_annos.mat", "annotations", "relative_im_path", "class_names")
             break
         if (base / "devkit/cars_train_annos.mat").exists() and (base / "cars_train").is_dir():
-            rows, names = read_mat(base / "devkit/cars_train_annos.mat", "annotations", "fname")
-            rows = [(f"cars_train/{path}", label) for path, label in rows]
             names = [str(name) for name in read_mat(base / "devkit/cars_meta.mat")["class_names"]]
-            tests = [base / "cars_test_annos_withlabels.mat", base / "devkit/cars_test_annos_withlabels.mat"]
-            if not any(path.exists() for path in tests):
-                raise UserError(f"{tests[0]} is missing: half of Cars196's labels are in it; put it there")
-            test_rows, _ = read_mat(next(p for p in tests if p.exists()), "annotations", "fname")
-            rows += [(f"cars_test/{path}", label) for path, label in test_rows]
+            files = {"cars_train": base / "devkit/cars_train_annos.mat", "cars_test": base / "cars_test_annos_withlabels.mat"}
+            if not files["cars_test"].exists():
+                raise UserError(f"{files['cars_test']} is missing: half of Cars196's labels are in it; put it there")
+            rows = [(f"{folder}/{path}", label) for folder, file in files.items()
+                    for path, label in read_mat(file, "annotations", "fname")[0]]
             break
     else:
         raise UserError(
@@ -195,8 +192,7 @@ def load(name, root):
     splits = LOADERS[name](root)
     missing = [path for split in splits for path in split.images if not os.path.exists(path)]
     if missing:
-        raise UserError(f"{len(missing)} listed images are missing, the first is {missing[0]}: "
-                        "unpack the data set again")
+        raise UserError(f"{len(missing)} listed images are missing, the first is {missing[0]}: unpack the data set again")
     counts = tuple(len(split.images) for split in splits)
     if name in PUBLISHED and counts != PUBLISHED[name]:
         warnings.warn(f"{root} holds {counts[0]} training and {counts[1]} test images of {name}, the published split "
@@ -240,8 +236,6 @@ def clear_errors(action, remedy):
     """Turn what can go wrong between a server and a disk into one sentence."""
     try:
         yield
-    except UserError:
-        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             remedy = "the disk is full: make room and run again"
@@ -259,6 +253,29 @@ def check_md5(path, md5):
         raise UserError(f"{path} has the MD5 digest {digest.hexdigest()} instead of {md5}: delete it and fetch it again")
 
 
+def download(url, path):
+    """Append to `path` what it lacks of `url` (HTTP), or fetch it from the beginning (FTP, file)."""
+    done = path.stat().st_size if path.exists() else 0
+    try:
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {}), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:                      # nothing is left to send: the digest decides what we have
+            return
+        raise
+    with response, open(path, "ab" if getattr(response, "status", None) == 206 else "wb") as file:
+        length, start = int(response.headers.get("Content-Length") or 0), file.tell()
+        free = shutil.disk_usage(path.parent).free
+        if 2 * length > free:                      # the archive, and what comes out of it
+            raise UserError(f"{path.parent} has {free >> 20} MiB free, but {url} needs about {2 * length >> 20} MiB with "
+                            "its contents: make room and run again")
+        print(f"downloading {url} ({length >> 20} MiB)", flush=True)
+        for block in progress(iter(lambda: response.read(1 << 20), b""), math.ceil(length / (1 << 20)), "MiB"):
+            file.write(block)
+        if file.tell() - start < length:
+            raise OSError(f"the connection was cut {length - file.tell() + start} bytes before the end")
+
+
 def fetch(root, url, md5, folder):
     """Download `url` into `root`, check its MD5 digest and unpack the `folder` in it. Run again to resume."""
     archive = Path(root) / url.rsplit("/", 1)[1]
@@ -266,31 +283,7 @@ def fetch(root, url, md5, folder):
     if not archive.exists():
         with clear_errors(f"the download of {url}", f"run again to go on, or put the file into {root} by hand"):
             archive.parent.mkdir(parents=True, exist_ok=True)
-            done = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-            try:
-                response = urllib.request.urlopen(request, timeout=60)
-            except urllib.error.HTTPError as error:
-                if error.code != 416:              # 416: nothing is left to send, the digest decides what we have
-                    raise
-                response = None
-            with contextlib.ExitStack() as stack:
-                if response is not None:
-                    stack.enter_context(response)
-                    resumed = getattr(response, "status", None) == 206      # 200, or FTP: from the beginning
-                    length = int(response.headers.get("Content-Length") or 0)
-                    free = shutil.disk_usage(archive.parent).free
-                    if 2 * length > free:                                   # the archive, and what comes out of it
-                        raise UserError(f"{archive.parent} has {free >> 20} MiB free, but {url} needs about "
-                                        f"{2 * length >> 20} MiB with its contents: make room and run again")
-                    print(f"downloading {url} ({length >> 20} MiB)", flush=True)
-                    file = stack.enter_context(open(part, "ab" if resumed else "wb"))
-                    blocks = iter(lambda: response.read(1 << 20), b"")
-                    for block in progress(blocks, math.ceil(length / (1 << 20)), "MiB"):
-                        file.write(block)
-                    missing = length - (file.tell() - (done if resumed else 0))
-                    if missing > 0:
-                        raise OSError(f"the connection was cut {missing} bytes before the end")
+            download(url, part)
         try:
             check_md5(part, md5)
         except UserError as error:
@@ -342,7 +335,7 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
     def uniform(*shape, low=0.0, high=1.0):
         return low + (high - low) * torch.rand(*shape, generator=rng)
 
-    # Classes: four quadratic Bezier strokes of three control points in [-1, 1]^2, the last ones often absent.
+    # Classes: two to four quadratic Bezier strokes of three control points in [-1, 1]^2.
     control = uniform(classes, 4, 3, 2, low=-1, high=1)
     present = torch.arange(4) < torch.randint(2, 5, (classes, 1), generator=rng)                  # (classes, 4)
     spread = torch.full((classes, 3), 0.25)                                                       # slant, thickness, size
@@ -380,10 +373,8 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
     blur = blur / blur.sum(2, keepdim=True)
     ink = blur @ ink @ blur.mT + 0.05 * torch.randn(n, size, size, generator=rng)
     images = (255 * (1 - ink.clamp(0, 1))).to(torch.uint8).numpy()                                # dark on white
-    half = n // 2
-    names = [f"character{c:03d}" for c in range(classes)]
-    return (Split(list(images[:half]), labels[:half], names[:classes // 2], ambiguity[:half]),
-            Split(list(images[half:]), labels[half:] - classes // 2, names[classes // 2:], ambiguity[half:]))
+    train, test = halves(list(images), labels, [f"character{c:03d}" for c in range(classes)])
+    return train._replace(ambiguity=ambiguity[:n // 2]), test._replace(ambiguity=ambiguity[n // 2:])
 
 
 # ---------------------------------------------------------------------------------------------- images and batches
@@ -404,10 +395,9 @@ def read_image(source):
 
 def train_transform(size, augment):
     """`photo`: the papers' crop and flip. `light`: for drawings, which neither survive a crop of 8 % nor a mirror."""
-    crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    if augment == "light":
-        crop = [transforms.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25))]
-    return transforms.Compose([*crop, transforms.ToTensor(), NORMALIZE])
+    crops = {"photo": [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()],
+             "light": [transforms.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25))]}
+    return transforms.Compose([*crops[augment], transforms.ToTensor(), NORMALIZE])
 
 
 def test_transform(size, augment):
@@ -469,9 +459,8 @@ class ClassBatches:
 
     A class's images are shuffled and cut into groups, and each batch takes the next group of the classes it draws. A
     class is drawn in proportion to the groups it has left; one with as many groups left as there are batches left
-    must be in all of them. So every image is seen in every epoch, some twice where groups are filled up. (Unless a
-    class has more groups than the epoch has room for: then as many as fit, other ones each epoch.) With too few
-    classes for a batch each gives several groups, with a warning.
+    must be in all of them. So every image is seen in every epoch. (Unless a class has more groups than the epoch has
+    room for: then as many as fit, others each time.) Too few classes for a batch each give several groups (a warning).
 
     Yields lists of (image index, augmentation seed); all of it follows from the seed and `epoch` alone.
     Raises UserError for a batch size that does not fit.

@@ -1,8 +1,9 @@
 """How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
 
 In reading order: retrieval (Recall@k, mAP@k, MAP@R), clustering (NMI, F1), structure (uniformity, spectral decay,
-density, variance of concentrations), uncertainty (what the norm knows), the table, the pictures. Everything is exact, needs no pairwise matrix in memory
-at once (Stanford Online Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
+density, variance of concentrations), uncertainty (what the norm knows), the table, the pictures. Everything is exact,
+needs no pairwise matrix in memory at once (Stanford Online Products' 60,502 test images fit beside 2 GiB), and runs
+where the embeddings are.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
 """
@@ -88,8 +89,8 @@ def recall_at_k(embeddings, labels, ks, similarity=cosine):
     Images alone in their class are no queries (warning). Raises UserError if no query is left.
     """
     check_ks(ks)
-    ahead = torch.cat([(strangers >= relatives[:, :1] - TIE).sum(1)
-                       for relatives, strangers in comparisons(*check(embeddings, labels), "recall: queries", similarity)])
+    chunks = comparisons(*check(embeddings, labels), "recall: queries", similarity)
+    ahead = torch.cat([(strangers >= relatives[:, :1] - TIE).sum(1) for relatives, strangers in chunks])
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 

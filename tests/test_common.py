@@ -18,6 +18,7 @@ from PIL import Image
 import common
 import data
 import nir
+import prob_dml
 from data import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -341,6 +342,11 @@ def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, monkeypatch, capsys
 def test_resuming_with_other_settings_names_the_contradiction(trained, argv, message):
     with pytest.raises(UserError, match=message):
         nir.main(["--resume", str(trained / "last.pt"), *argv])
+
+
+def test_resuming_with_the_other_script_is_refused(trained):
+    with pytest.raises(UserError, match="is a run of another script or version"):
+        prob_dml.main(["--resume", str(trained / "last.pt")])
 
 
 def test_resuming_on_other_data_is_refused(trained, photos, tmp_path):
