@@ -372,7 +372,9 @@ def test_evaluate_runs_alone_on_a_checkpoint(trained):
     done = run("--checkpoint", trained / "best.pt", "--pictures", "--device", "cpu", script="evaluate.py")
     assert done.returncode == 0, done.stderr
     results = json.loads((trained / "results.json").read_text())["best"]
-    assert json.loads((trained / "metrics.json").read_text()) == results and "map@1000" in done.stdout
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {key: metrics[key] for key in results} == results and "norm_auroc" in metrics and "map@1000" in done.stdout
+    assert (trained / "rejection.csv").read_text().startswith("rejected,error\n0.0,")
     for name in ("retrieval.png", "norms.png"):
         assert Image.open(trained / name).size[0] > 100
     done = run("--checkpoint", trained / "args.json", script="evaluate.py")
