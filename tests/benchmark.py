@@ -18,7 +18,7 @@ import nir
 import prob_dml
 
 
-def bare_against_whole(repeats=5, steps=3, batch=32, size=224):
+def bare_against_whole(repeats=3, steps=3, batch=32, size=224):
     """Seconds of a bare ResNet50 step (forward, backward, Adam on pictures in memory) and of a whole training step as
     `nir.py` runs it: loading and augmenting JPEG files, ProxyAnchor, flow, gradient shares, progress."""
     images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
