@@ -10,6 +10,7 @@ and hands it to `train`, which is the whole protocol: one loop, read it from top
 """
 import argparse
 import csv
+import datetime
 import functools
 import io
 import json
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 import torchvision
 
@@ -128,6 +130,8 @@ def save_file(path, content):
     """Write a text or checkpoint so that a kill at any moment leaves the old file or the new one."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
+    if processes()[0]:
+        return
     with data.clear_errors(f"writing {path}", "give another folder with --out"):
         try:
             part.write_text(content) if isinstance(content, str) else torch.save(content, part)
@@ -232,9 +236,11 @@ def preset_table(rows):
 
 
 def make_device(name):
-    """`auto` is the first GPU, else the CPU."""
+    """`auto` is the first GPU, or the process's own of several, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -247,6 +253,8 @@ def command(main):
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:      # from a worker process it arrives as the last line of a traceback
         print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
         sys.exit(2)
@@ -281,12 +289,71 @@ def build_network(args, checkpoint=None):
 
 def load_splits(args):
     """(training, validation or None, test) Splits of a run."""
-    train, test = data.load(args.dataset, args.data_root)
+    rank, world = processes()
+    for turn in range(min(world, 2)):       # rank 0 comes first: it may have to download
+        if (rank > 0) == turn:
+            train, test = data.load(args.dataset, args.data_root)
+        if world > 1:
+            dist.barrier()
     if args.corrupt:
         train, test = data.corrupted(train, seed=1), data.corrupted(test, seed=2)
     if args.val_fraction:
         return (*data.hold_out(train, args.val_fraction), test)
     return train, None, test
+
+
+# ------------------------------------------------------------------------------------------------- several GPUs
+# `torchrun --nproc_per_node=N nir.py ...` starts N processes. Each embeds its share of every batch, then all embeddings
+# are gathered. So each computes the same loss of the whole batch, from the same random numbers; rank 0 alone writes.
+
+def processes():
+    """(rank of this process, number of processes)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(device):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+class Gather(torch.autograd.Function):
+    """Every process's rows (n, ...), one below the other: (N n, ...)."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # The loss is the same everywhere, so the gradient of the own rows is here already. Over the processes the
+        # network's gradients add up, where DistributedDataParallel takes the mean: hence times N.
+        rank, world = processes()
+        return world * grad.chunk(world)[rank]
+
+
+def gather(rows):
+    return Gather.apply(rows) if dist.is_initialized() else rows
+
+
+class Model(nn.Module):
+    """Network and loss as the one module that DistributedDataParallel wants: its share of a batch -> the loss terms
+    of the whole batch, with all embeddings (B, D), in float32 or better, and labels (B,)."""
+
+    def __init__(self, network, criterion):
+        super().__init__()
+        self.network, self.criterion = network, criterion
+
+    def forward(self, images, labels):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):             # the network alone
+            embeddings = self.network(images)
+        embeddings, labels = gather(embeddings.to(self.network.embedding.weight.dtype)), gather(labels)
+        return self.criterion.terms(embeddings, labels), embeddings, labels
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -295,14 +362,17 @@ def load_splits(args):
 def embed(network, split, args, device, what="embedding"):
     """Embeddings (N, D) float32 on `device` of a split's test-time images, in the split's order."""
     network.eval()
-    loader = torch.utils.data.DataLoader(data.Images(split, data.test_transform(args.image_size, args.augment)),
-                                         batch_size=128, num_workers=args.workers)
+    rank, world = processes()
+    images = data.Images(split, data.test_transform(args.image_size, args.augment))
+    share = torch.utils.data.DistributedSampler(images, world, rank, shuffle=False)             # every world-th image
+    loader = torch.utils.data.DataLoader(images, batch_size=128, sampler=share, num_workers=args.workers)
     rows = []
     for images, _ in progress(loader, len(loader), what):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            rows.append(network(images).float())
-    return torch.cat(rows)
+            rows.append(network(images).to(network.embedding.weight.dtype))
+    rows = gather(torch.cat(rows)).view(world, -1, args.embed_dim)
+    return rows.transpose(0, 1).reshape(-1, args.embed_dim)[:len(split.images)]
 
 
 def gradient_shares(terms, embeddings):
@@ -322,13 +392,22 @@ def train(args, criterion, name, setup=None):
     resumed at an epoch's beginning computes the very numbers that it would have computed without the stop.
     """
     device = make_device(args.device)
+    join_processes(device)
+    rank, world = processes()
     train_split, val_split, test_split = load_splits(args)
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
     args.batch_size = args.batch_size or min(90, data.largest_batch(train_split.labels))
     batches = data.ClassBatches(train_split.labels, args.batch_size, seed=args.seed)
+    if args.batch_size % world:
+        raise UserError(f"--batch_size {args.batch_size} cannot be shared by {world} processes: try "
+                        f"{args.batch_size - args.batch_size % math.lcm(2, world) or math.lcm(2, world)}")
+    batches.share = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     seed_all(args.seed)
     network = build_network(args, checkpoint).to(device)
+    if device.type == "cuda" and world > 1 and not network.freeze_norm:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)                 # exists on GPUs alone
     criterion = criterion(len(train_split.class_names)).to(device)
+    model = Model(network, criterion)
     out = run_folder(args, name)
 
     embedding = list(network.embedding.parameters())
@@ -362,14 +441,13 @@ def train(args, criterion, name, setup=None):
         seed_all(args.seed + 7919 * (epoch + 1))       # for a loss that draws samples; images have seeds of their own
         network.train()
         network.backbone.requires_grad_(epoch >= args.warmup)
+        if world > 1 and epoch in (first, args.warmup):                   # anew where other parameters have gradients
+            model = nn.parallel.DistributedDataParallel(Model(network, criterion))
         sums, shares, start = {}, {}, time.monotonic()
         for step, (images, labels) in enumerate(progress(loader, len(loader), f"epoch {epoch + 1}")):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):   # the network alone
-                embeddings = network(images)
-            embeddings = embeddings.float()
-            terms = criterion.terms(embeddings, labels)
+            terms, embeddings, labels = model(images, labels)
             loss = sum(terms.values())
             if not torch.isfinite(loss):
                 bad = [term for term, value in terms.items() if not torch.isfinite(value)] or ["sum"]
@@ -402,6 +480,8 @@ def train(args, criterion, name, setup=None):
         save_file(out / "last.pt", {**content, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
         save_file(out / "log.csv", csv_text(history))
 
+    if world > 1:
+        dist.barrier()                                                    # until rank 0 has written its last checkpoint
     columns = {}
     for title in ("last", "best"):
         saved = load_checkpoint(out / f"{title}.pt", "checkpoint")

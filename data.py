@@ -44,10 +44,10 @@ def progress(items, total, what):
     """Yield from `items` while showing how far `what` is and the time left: one line in a terminal, a plain line a
     minute in a log file."""
     start = shown = time.monotonic()
-    terminal = sys.stderr.isatty()
+    terminal, rank0 = sys.stderr.isatty(), os.environ.get("RANK", "0") == "0"
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - shown > (0.5 if terminal else 60):
+        if done and rank0 and now - shown > (0.5 if terminal else 60):
             left = int((now - start) / done * (total - done))
             text = f"  {what} {done}/{total}, {left // 60}:{left % 60:02d} left"
             print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
@@ -462,7 +462,7 @@ class ClassBatches:
     must be in all of them. So every image is seen in every epoch. (Unless a class has more groups than the epoch has
     room for: then as many as fit, others each time.) Too few classes for a batch each give several groups (a warning).
 
-    Yields lists of (image index, augmentation seed); all of it follows from the seed and `epoch` alone.
+    Yields lists of (image index, augmentation seed), or the `share` of each; all follows from the seed and `epoch` alone.
     Raises UserError for a batch size that does not fit.
     """
 
@@ -474,7 +474,7 @@ class ClassBatches:
             raise UserError(f"--batch_size {batch_size} is more than {len(labels)} images of {len(labels.unique())} "
                             f"training classes allow: use at most {largest_batch(labels, per_class)}")
         self.members = [torch.nonzero(labels == c).flatten() for c in range(int(labels.max()) + 1)]
-        self.per_class, self.seed, self.epoch = per_class, seed, 0
+        self.per_class, self.seed, self.epoch, self.share = per_class, seed, 0, slice(None)
         self.groups = torch.tensor([math.ceil(len(m) / per_class) for m in self.members])
         self.length = math.ceil(int(self.groups.sum()) / (batch_size // per_class))
         self.everywhere, self.drawn = divmod(batch_size // per_class, len(self.members))
@@ -503,4 +503,4 @@ class ClassBatches:
                         queues[c] += [i for i in fresh if i not in queues[c]] or fresh
                 batch += [queues[c].pop(0) for _ in range(self.per_class)]
             seeds = torch.randint(2 ** 62, (len(batch),), generator=rng).tolist()
-            yield list(zip(batch, seeds))
+            yield list(zip(batch, seeds))[self.share]

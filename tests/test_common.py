@@ -393,3 +393,55 @@ def test_real_drawings_train_and_evaluate(tmp_path):
                "--epochs", 1, "--device", "cpu", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "results.json").read_text())["last"]["recall@1"] > 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+SEVERAL = '''
+import sys
+import torch
+sys.path.insert(0, {root!r})
+import common, nir, prob_dml
+torch.set_default_dtype(torch.float64)
+
+class Network(common.Network):                       # BatchNorm as with ImageNet weights: frozen
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{{**kwargs, "freeze_norm": True}})
+
+    def forward(self, images):
+        return super().forward(images.double())
+
+common.Network = Network
+settings = {settings!r} + ["--epochs", "2", "--warmup", "1"]
+nir.main(settings + ["--out", sys.argv[1] + "/nir", "--nir_form", "nll", "--nir_weight", "0.1"])
+prob_dml.main(settings + ["--out", sys.argv[1] + "/elk", "--guidance_weight", "1"])
+'''
+
+
+def test_two_processes_train_what_one_does(photos, tmp_path):
+    """Three steps with the backbone fixed, then three that train it."""
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL.format(root=str(ROOT), settings=SMALL + ["--data_root", str(photos)]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    one, two = [subprocess.Popen([*start, script, tmp_path / str(number)], env=environment, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                for number, start in ((1, [sys.executable]), (2, torchrun))]
+    outputs = [process.communicate(timeout=250) for process in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), outputs
+    assert outputs[1][0].count("epoch   1/2") == 2 and "arning" not in outputs[1][1]      # rank 0 alone prints
+    for name in ("nir", "elk"):
+        single, shared = [torch.load(tmp_path / number / name / "last.pt", weights_only=True) for number in "12"]
+        for part in ("network", "criterion"):
+            for key, value in single[part].items():
+                assert torch.allclose(value.double(), shared[part][key].double(), rtol=0, atol=1e-6), (name, key)
+        for a, b in zip(single["history"], shared["history"]):
+            assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx(
+                {k: v for k, v in b.items() if k != "seconds"}, abs=1e-6)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_an_error(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "processes", lambda: (0, 3))
+    monkeypatch.setattr(common.dist, "barrier", lambda: None)
+    with pytest.raises(UserError, match="--batch_size 8 cannot be shared by 3 processes: try 6"):
+        train(photos, tmp_path / "run")
