@@ -146,33 +146,37 @@ def parser(description, epilog):
     """The options that both scripts share. A default of None is filled in by the preset of the data set."""
     p = argparse.ArgumentParser(description=description, epilog=epilog,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=data.DATASETS, default="cub200", help="default: cub200; toy is built in")
-    p.add_argument("--data_root", default="data", help="folder that holds, or receives, the data set (default: data)")
-    p.add_argument("--arch", choices=("resnet50", "conv4"), help="default: conv4 for toy, resnet50 for the others")
-    p.add_argument("--weights", help="imagenet, none or a state dict's path (default: imagenet for resnet50)")
-    p.add_argument("--pooling", choices=("average", "double"), default="average",
-                   help="double: average + maximum (default: average)")
-    p.add_argument("--image_size", type=positive(int), help="pixels (default: 224; conv4: 32 for toy, else 64)")
-    p.add_argument("--augment", choices=("photo", "light"),
-                   help="photo: the papers' crop and flip; light: small crops, no flip (default: light for conv4)")
-    p.add_argument("--corrupt", action="store_true",
-                   help="add noise and erasing to all images, a known amount to each (default: off)")
-    p.add_argument("--embed_dim", type=positive(int), help="D (default: 128; toy 64)")
-    p.add_argument("--epochs", type=positive(int), help="default: by preset")
-    p.add_argument("--warmup", type=int, help="epochs in which the backbone stays as it is (default: by preset)")
-    p.add_argument("--batch_size", type=positive(int), help="two images per class (default: 90, or less if need be)")
-    p.add_argument("--lr", type=positive(float), help="Adam's rate for the network (default: by preset)")
-    p.add_argument("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
-    p.add_argument("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
-    p.add_argument("--weight_decay", type=float, default=4e-4, help="for the network alone (default: 4e-4)")
-    p.add_argument("--val_fraction", type=float, default=0.0,
-                   help="part of the training classes held out; they then choose the best epoch instead of the test "
-                        "classes, which the released code uses (default: 0)")
-    p.add_argument("--seed", type=int, default=0, help="default: 0")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    p.add_argument("--workers", type=int, help="processes that load images (default: the cores, at most 8; toy 0)")
-    p.add_argument("--out", help="the run's folder (default: runs/NAME)")
-    p.add_argument("--resume", help="last.pt of a run that was stopped; its own settings are used")
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", choices=data.DATASETS, default="cub200", help="default: cub200; toy is built in")
+    add("--data_root", default="data", help="folder that holds, or receives, the data set (default: data)")
+    add = p.add_argument_group("network").add_argument
+    add("--arch", choices=("resnet50", "conv4"), help="default: conv4 for toy, resnet50 for the others")
+    add("--weights", help="imagenet, none or a state dict's path (default: imagenet for resnet50)")
+    add("--pooling", choices=("average", "double"), default="average",
+        help="double: average + maximum (default: average)")
+    add("--image_size", type=positive(int), help="pixels (default: 224; conv4: 32 for toy, else 64)")
+    add("--augment", choices=("photo", "light"),
+        help="photo: the papers' crop and flip; light: small crops, no flip (default: light for conv4)")
+    add("--corrupt", action="store_true",
+        help="add noise and erasing to all images, a known amount to each (default: off)")
+    add("--embed_dim", type=positive(int), help="D (default: 128; toy 64)")
+    add = p.add_argument_group("training").add_argument
+    add("--epochs", type=positive(int), help="default: by preset")
+    add("--warmup", type=int, help="epochs in which the backbone stays as it is (default: by preset)")
+    add("--batch_size", type=positive(int), help="two images per class (default: 90, or less if need be)")
+    add("--lr", type=positive(float), help="Adam's rate for the network (default: by preset)")
+    add("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
+    add("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
+    add("--weight_decay", type=float, default=4e-4, help="for the network alone (default: 4e-4)")
+    add("--val_fraction", type=float, default=0.0,
+        help="part of the training classes held out; they then choose the best epoch instead of the test "
+             "classes, which the released code uses (default: 0)")
+    add = p.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--workers", type=int, help="processes that load images (default: the cores, at most 8; toy 0)")
+    add("--out", help="the run's folder (default: runs/NAME)")
+    add("--resume", help="last.pt of a run that was stopped; its own settings are used")
     return p
 
 
@@ -226,11 +230,11 @@ def parse(p, preset, argv=None):
     return args
 
 
-def preset_table(rows):
-    """{title: settings} as aligned text for --help."""
-    names = list(dict.fromkeys(name for settings in rows.values() for name in settings))
-    lines = [["", *names]] + [[title, *(str(settings.get(name, "")).replace(" ", "") for name in names)]
-                              for title, settings in rows.items()]
+def preset_table(presets):
+    """{title: settings} as aligned text for --help, a line for each setting."""
+    names = dict.fromkeys(name for settings in presets.values() for name in settings)
+    lines = [["", *presets]] + [[name, *(str(settings.get(name, "")).replace(" ", "") for settings in presets.values())]
+                                for name in names]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -259,8 +263,13 @@ def command(main):
         print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; go on with --resume runs/NAME/last.pt", file=sys.stderr)
+        last = Path(command.folder or "") / "last.pt"
+        print("\ninterrupted: " + (f"go on with --resume {last}" if command.folder and last.exists() else
+                                    "no epoch is complete, so there is nothing to resume"), file=sys.stderr)
         sys.exit(130)
+
+
+command.folder = None        # of the run, once it has one
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -512,7 +521,7 @@ def run_folder(args, name):
         out = Path(f"{out}-{number}")
     with data.clear_errors(f"making the folder {out}", "give another one with --out"):
         out.mkdir(parents=True, exist_ok=True)
-    args.out = str(out)
+    args.out = command.folder = str(out)
     save_file(out / "args.json", json.dumps(vars(args), indent=1))
     return out
 

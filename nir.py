@@ -262,17 +262,18 @@ def preset(args):
 
 
 def main(argv=None):
-    rows = {f"{name} D={dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
-    rows.update({"  with --nir_weight 0": BASELINE, "toy": {**SCRATCH, **SCRATCH_NIR["toy"]},
-                 "others, --weights none": {**SCRATCH, **SCRATCH_NIR["others"]}})
-    p = common.parser(__doc__.split("\n\n")[0], "presets (proxy_lr and flow_lr are multiples of --lr):\n"
-                      + common.preset_table(rows))
-    p.add_argument("--loss", choices=LOSSES, default="proxyanchor", help="default: proxyanchor")
-    p.add_argument("--nir_form", choices=("nll", "exp"), help="nll: the paper's; exp: the released code's (default: by preset)")
-    p.add_argument("--nir_weight", type=float, help="0: the baseline without NIR (default: by preset)")
-    p.add_argument("--proxy_weight", type=float, help="weight of the proxy loss (default: by preset)")
-    p.add_argument("--proxy_lr", type=common.positive(float), help="multiple of --lr for the proxies (default: by preset)")
-    p.add_argument("--flow_lr", type=common.positive(float), help="multiple of --lr for the flow (default: by preset)")
+    presets = {f"{name}/{dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
+    presets.update({"--nir_weight 0": BASELINE, "toy": {**SCRATCH, **SCRATCH_NIR["toy"]},
+                    "scratch": {**SCRATCH, **SCRATCH_NIR["others"]}})
+    p = common.parser(__doc__.split("\n\n")[0], "presets: data set/D of the paper's runs; scratch is "
+                      "--weights none; proxy_lr and flow_lr are multiples of --lr\n" + common.preset_table(presets))
+    add = p.add_argument_group("proxy loss and NIR").add_argument
+    add("--loss", choices=LOSSES, default="proxyanchor", help="default: proxyanchor")
+    add("--nir_form", choices=("nll", "exp"), help="nll: the paper's; exp: the released code's (default: by preset)")
+    add("--nir_weight", type=float, help="0: the baseline without NIR (default: by preset)")
+    add("--proxy_weight", type=float, help="weight of the proxy loss (default: by preset)")
+    add("--proxy_lr", type=common.positive(float), help="multiple of --lr for the proxies (default: by preset)")
+    add("--flow_lr", type=common.positive(float), help="multiple of --lr for the flow (default: by preset)")
     args = common.parse(p, preset, argv)
     if args.nir_weight < 0 or args.proxy_weight < 0:
         raise UserError("--nir_weight and --proxy_weight cannot be negative")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import evaluate
 import nir
 from data import UserError
 
@@ -146,6 +147,9 @@ def sample_vmf(mu, kappa, num_samples, generator=None):
     return VMFSample.apply(mu, kappa, num_samples, generator)
 
 
+GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(16)          # nodes and weights on [-1, 1]
+
+
 class VMFSample(torch.autograd.Function):
     """Samples z (S, B, D) and how they move with mu and kappa while still following the vMF. If mu turns, z turns with
     it; if kappa grows, the angle theta between them shrinks so as to keep its quantile (Figurnov, Mohamed, Mnih:
@@ -188,7 +192,7 @@ class VMFSample(torch.autograd.Function):
         mean_cosine = mean_resultant_length(k, D)
         outward = cosine < mean_cosine
         span = torch.where(outward, math.pi - theta, theta).minimum(10 * ((D - 2) ** 2 + 4 * k ** 2) ** -0.25)
-        nodes, weights = (theta.new_tensor(array) for array in np.polynomial.legendre.leggauss(16))
+        nodes, weights = (torch.from_numpy(array).to(theta) for array in GAUSS_LEGENDRE)
         t = theta.unsqueeze(-1) + torch.where(outward, span, -span).unsqueeze(-1) * (nodes + 1) / 2  # (S, B, 16)
         psi = k[:, None] * (t.cos() - cosine.unsqueeze(-1)) + (D - 2) * (t.sin() / theta.sin().unsqueeze(-1)).log()
         dtheta = -((t.cos() - mean_cosine[:, None]).abs() * psi.exp()) @ (weights / 2) * span
@@ -476,26 +480,31 @@ def preset(args):
 
 
 def main(argv=None):
-    rows = {f"{name} D={dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
+    rows = {f"{name}/{dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
     rows.update({f"--metric {metric}": {**PAPER, **ABLATION, **row} for metric, row in ABLATIONS.items()})
     rows.update({"--weights none, toy": SCRATCH})
     rows.update({f"  with --metric {metric}": row for metric, row in SCRATCHES.items()})
     p = common.parser(__doc__.split("\n\n")[0], "presets (*_lr are multiples of --lr). By data set: elk with nivmf "
                       "proxies; by metric: the ablation's other cells\n" + common.preset_table(rows))
-    p.add_argument("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
-    p.add_argument("--proxy", choices=("nivmf", "vmf"),
-                   help="default: nivmf, for cosine and l2, which know no concentration, vmf")
-    p.add_argument("--normalizer", choices=NORMALIZERS, default="exact", help="of the nivMF density (default: exact)")
-    p.add_argument("--guidance_weight", type=float, default=0.0,
-                   help="weight g of ProxyAnchor (default: 0; released: CUB 3 and 5 for D = 128 and 512, Cars 0.3 and 0.1)")
+    add = p.add_argument_group("EL-nivMF").add_argument
+    add("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
+    add("--proxy", choices=("nivmf", "vmf"),
+        help="default: nivmf, for cosine and l2, which know no concentration, vmf")
+    add("--normalizer", choices=NORMALIZERS, default="exact", help="of the nivMF density (default: exact)")
+    add("--guidance_weight", type=float, default=0.0,
+        help="weight g of ProxyAnchor (default: 0; released: CUB 3 and 5 for D = 128 and 512, Cars 0.3 and 0.1)")
     number = common.positive(float)
     for name, what in (("proxy_lr", "multiple of --lr for the proxies"), ("concentration_lr", "... concentrations"),
                        ("temperature_lr", "... log temperature"), ("temperature", "T's first value"),
                        ("concentration_init", "first concentrations; l2: the proxies' first length"),
                        ("norm_multiplier", "scales the first embeddings, whose norms are concentrations")):
-        p.add_argument(f"--{name}", type=number, help=f"{what} (default: by preset)")
-    p.add_argument("--samples", type=common.positive(int), help="S, Monte-Carlo samples per image (default: by preset)")
+        add(f"--{name}", type=number, help=f"{what} (default: by preset)")
+    add("--samples", type=common.positive(int), help="S, Monte-Carlo samples per image (default: by preset)")
+    add("--picture", metavar="FILE", help="draw the distributions and similarities as a PNG file, and stop")
     args = common.parse(p, preset, argv)
+    if args.picture:
+        evaluate.save_distributions(args.picture)
+        return
     args.proxy = args.proxy or ("vmf" if args.metric in ("cosine", "l2") else "nivmf")
     if args.guidance_weight < 0:
         raise UserError("--guidance_weight cannot be negative")

@@ -219,6 +219,18 @@ def test_a_run_killed_mid_epoch_and_resumed_equals_the_uninterrupted_one(photos,
                 json.loads((tmp_path / "whole/results.json").read_text()))
 
 
+def test_ctrl_c_leaves_a_run_to_resume_and_says_how(photos, tmp_path):
+    argv = [*SMALL, "--data_root", str(photos), "--out", str(tmp_path / "run"), "--epochs", "1000"]
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "nir.py", *argv], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)
+    next(line for line in process.stdout if line.startswith("epoch   2/"))
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == f"interrupted: go on with --resume {tmp_path / 'run/last.pt'}"
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] >= 1
+
+
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     common.save_file(tmp_path / "a.pt", {"x": 1})
 

@@ -506,3 +506,18 @@ def test_recall_ranks_by_whatever_similarity_it_is_given():
     euclidean = torch.cdist(embeddings, embeddings) + 99 * torch.eye(40)
     expected = (labels[euclidean.argmin(1)] == labels).double().mean().item()
     assert evaluate.recall_at_k(embeddings, labels, [1], lambda a, b: -torch.cdist(a, b))[1] == pytest.approx(expected)
+
+
+def test_the_picture_of_distributions_shows_what_falls_with_the_norm(tmp_path):
+    evaluate.save_distributions(tmp_path / "picture", size=41)
+    assert (tmp_path / "picture").stat().st_size < 300_000
+    picture = (255 * to_tensor(Image.open(tmp_path / "picture"))).round().int()
+    assert picture.shape == (3, 2 * (41 + 20 + 8) + 8, 4 * (41 + 8) + 8)
+    tiles = [picture[:, 28 + 69 * (i // 4):69 + 69 * (i // 4), 8 + 49 * (i % 4):49 + 49 * (i % 4)] for i in range(8)]
+    for tile in tiles[:2]:                                                  # spheres on white, dark at their far edges
+        assert (tile[:, 0, 0] == 255).all() and tile[:, 20, 1].sum() < 255
+    brightness = [tile.sum(0) for tile in tiles]
+    for i, knows_norm in enumerate((True, True, True, False, False, True), start=2):
+        behind = torch.stack([brightness[i][20, 20 - d] for d in (1, 4, 8, 12, 16, 20)])
+        assert (behind.unique().numel() > 1) == knows_norm                         # in the direction away from the proxy
+        assert brightness[i][20, 35] > brightness[i][20, 5]                                # towards it and away from it
