@@ -1,102 +1,282 @@
-"""Speed, side by side in one run: medians and ratios, which a noisy machine does not spoil.
+"""Speed and memory, side by side in one run: medians and ratios, which a noisy machine does not spoil.
 
-    python tests/benchmark.py
+    python tests/benchmark.py             everything, on a GPU if there is one; about a quarter of an hour on two cores
+    python tests/benchmark.py --quick     smaller sizes, two minutes
+
+One line each: what is measured, its time, that of the reference, and reference / time. References are what one would
+write down first. Retrieval and losses run on one thread (CPU), the network on all.
 """
+import argparse
 import csv
+import math
+import resource
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import scipy.spatial
 import torch
+import torch.nn.functional as F
 import torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
+import data
+import evaluate
 import nir
 import prob_dml
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-def bare_against_whole(repeats=2, steps=4, batch=32, size=224):
-    """Seconds of a bare ResNet50 step (forward, backward, Adam on pictures in memory) and of a whole training step as
-    `nir.py` runs it in its second epoch: loading and augmenting JPEG files, ProxyAnchor, flow, gradient shares, progress."""
-    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
-    network = common.Network("resnet50", 128).to(memory_format=torch.channels_last).train()
+
+def seconds(*functions, repeats=5, warm=1):
+    """Median seconds of each function, called in turn; the first `warm` rounds do not count."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + warm):
+        for function, own in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own[warm:]) for own in times]
+
+
+def line(what, ours, reference=None, unit="s", note=""):
+    ratio = f"{reference / ours:8.2f}" if reference else " " * 8
+    reference = f"{reference:12.4g}" if reference else " " * 12
+    print(f"{what:64s} {ours:12.4g} {reference} {ratio}  {unit:9s} {note}".rstrip(), flush=True)
+
+
+def header(title, reference):
+    print(f"\n{title:64s} {'time':>12s} {'reference':>12s} {'ratio':>8s}  reference: {reference}", flush=True)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10                                           # MiB
+
+
+# ------------------------------------------------------------------------------------------------------- retrieval
+
+def retrieval(n, queries, dim=512):
+    """Exact Recall@1 .. 1000 of n images in pairs of classes' size 5, against searches on `queries` of them, scaled."""
+    labels = torch.arange(n, device=DEVICE) // 5
+    x = F.normalize(torch.randn(n // 5 + 1, dim, device=DEVICE)[labels] + 3 * torch.randn(n, dim, device=DEVICE))
+    before, ks, rows = peak(), (1, 10, 100, 1000), evaluate.CHUNK // n
+
+    def product():
+        for part in x.split(rows):
+            part @ x.T
+    ours, bare = seconds(lambda: evaluate.recall_at_k(x, labels, ks), product, repeats=1, warm=0)
+    memory = peak() - before
+    header(f"Recall@1, 10, 100, 1000 of {n} x {dim}", "see each line")
+    line("recall_at_k", ours, bare, note="the bare matrix product in the same chunks")
+    line("recall_at_k, MiB above the embeddings", memory, unit="MiB", note="" if DEVICE.type == "cpu" else "host memory")
+
+    def top_k():
+        (x[:queries] @ x.T).topk(1000)
+
+    def full_sort():
+        (x[:queries] @ x.T).argsort(1, descending=True)
+    found = seconds(top_k, full_sort, repeats=1, warm=0)
+    line("recall_at_k", ours, found[0] * n / queries, note=f"topk(1000) of all similarities, {queries} queries, scaled")
+    line("recall_at_k", ours, found[1] * n / queries, note=f"a full sort of all similarities, {queries} queries, scaled")
+    tree = scipy.spatial.cKDTree(x.cpu().numpy())
+    few = max(2, queries // 128)
+    searched = seconds(lambda: tree.query(x[:few].cpu().numpy(), k=1000), repeats=1, warm=0)[0]
+    line("recall_at_k", ours, searched * n / few, note=f"scipy's cKDTree, k = 1000, {few} queries, scaled")
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+# References: from the formula, image by image.
+
+def loop_proxynca(module, embeddings, labels):
+    losses = []
+    for e, y in zip(F.normalize(embeddings), labels):
+        distances = (e - F.normalize(module.proxies)).square().sum(1)
+        losses.append(F.cross_entropy(-distances / module.temperature, y))
+    return torch.stack(losses).mean()
+
+
+def loop_proxyanchor(module, embeddings, labels):
+    pull, push = [], []
+    s = F.normalize(embeddings) @ F.normalize(module.proxies).T
+    for c in range(len(module.proxies)):
+        if (labels == c).any():
+            pull.append((1 + (-module.alpha * (s[labels == c, c] - module.margin)).exp().sum()).log())
+        push.append((1 + (module.alpha * (s[labels != c, c] + module.margin)).exp().sum()).log())
+    return torch.stack(pull).mean() + torch.stack(push).mean()
+
+
+def loop_softtriple(module, embeddings, labels):
+    centers, losses = F.normalize(module.proxies, dim=-1), []
+    C, K, _ = centers.shape
+    for e, y in zip(F.normalize(embeddings), labels):
+        s = (centers * e).sum(2)                                                                            # (C, K)
+        S = ((s / module.gamma).softmax(1) * s).sum(1)
+        losses.append(F.cross_entropy(module.la * (S - module.margin * F.one_hot(y, C)), y))
+    merge = [(w[k] - w[l]).square().sum().clamp(min=1e-5).sqrt() for w in centers for k in range(K) for l in range(k + 1, K)]
+    return torch.stack(losses).mean() + module.tau * torch.stack(merge).sum() / (C * K * (K - 1))
+
+
+def loop_flow(flow, psi, rho):
+    return torch.stack([-flow.log_prob(a[None], b[None])[0] for a, b in zip(psi, rho)]).mean()
+
+
+def loop_prob(module, embeddings, labels):
+    """The loss of ProbabilisticProxies image by image; an image's samples are broadcast against all classes."""
+    mu, K, D = prob_dml.unit_vectors(module.proxies), module.concentrations, embeddings.shape[1]
+    log_c, losses = prob_dml.log_vmf_normalizer, []
+
+    def log_q(z):                                                                               # (S, 1, D) -> (S, C)
+        if module.proxy == "vmf":
+            return log_c(K[:, 0], D) + (K * mu * z).sum(2)
+        Kz, Kmu = K * z, K * mu                                                                 # (S, C, D)
+        return (log_c(Kmu.norm(dim=1), D) + (Kz * Kmu).sum(2) / Kz.norm(dim=2) + K.log().sum(1)
+                - D * Kz.norm(dim=2).log())
+    for e, label in zip(embeddings, labels):
+        k1, mu1 = e.norm(), prob_dml.unit_vectors(e[None])
+        r = 0.5 if module.metric == "bhattacharyya" else 1.0
+        if module.metric == "cosine":
+            similarity = (mu1 * mu).sum(1)
+        elif module.metric == "l2":
+            similarity = -(e - module.proxies).square().sum(1)
+        elif module.metric == "loglik":
+            similarity = log_q(mu1[None])[0]
+        elif module.metric == "kl":
+            entropy = -log_c(k1, D) - k1 * prob_dml.mean_resultant_length(k1, D)
+            if module.proxy == "vmf":
+                similarity = log_c(K[:, 0], D) + prob_dml.mean_resultant_length(k1, D) * (K * mu * mu1).sum(1) + entropy
+            else:
+                similarity = log_q(prob_dml.sample_vmf(mu1, k1[None], module.samples)).mean(0) + entropy
+        elif module.proxy == "vmf":
+            similarity = r * (log_c(k1, D) + log_c(K[:, 0], D)) - log_c(r * (e + K * mu).norm(dim=1), D)
+        else:
+            z = prob_dml.sample_vmf(mu1, k1[None], module.samples)
+            log_p = prob_dml.vmf_log_prob(z[:, 0], mu1, k1)                                                     # (S,)
+            similarity = (r * log_q(z) + (r - 1) * log_p[:, None]).logsumexp(0) - math.log(module.samples)
+        losses.append(F.cross_entropy(similarity / module.log_temperature.exp(), label))
+    return torch.stack(losses).mean()
+
+
+def losses(B=90, C=100, D=512, S=5, repeats=7):
+    """Forward and backward of every loss against its loop. Where nothing is sampled the two must agree."""
+    torch.manual_seed(0)
+    embeddings = (20 * torch.randn(B, D, device=DEVICE) / D ** 0.5).requires_grad_()
+    labels = torch.randint(C, (B,), device=DEVICE)
+    header(f"loss, forward and backward, B = {B}, C = {C}, D = {D}, S = {S}", "image by image")
+
+    def compare(what, ours, reference, exact=True):
+        if exact and not torch.allclose(ours(), reference(), rtol=1e-3, atol=1e-4):
+            raise SystemExit(f"{what}: {ours()} is not the reference's {reference()}")
+        line(what, *seconds(lambda: ours().backward(), lambda: reference().backward(), repeats=repeats))
+    for (name, kind), loop in zip(nir.LOSSES.items(), (loop_proxynca, loop_proxyanchor, loop_softtriple)):
+        module = kind(C, D).to(DEVICE)
+        compare(name, lambda: module(embeddings, labels), lambda: loop(module, embeddings, labels))
+    flow = nir.GlowFlow(D, D).to(DEVICE)
+    psi, rho = F.normalize(embeddings).detach(), F.normalize(torch.randn(C, D, device=DEVICE))[labels]
+    compare("flow (nll)", lambda: -flow.log_prob(psi, rho).mean(), lambda: loop_flow(flow, psi, rho))
+    for proxy in ("vmf", "nivmf"):
+        for metric in prob_dml.SIMILARITIES:
+            if proxy == "nivmf" and metric in ("cosine", "l2"):
+                continue
+            module = prob_dml.ProbabilisticProxies(C, D, metric, proxy, samples=S, temperature=1.0,
+                                                   concentration_init=18).to(DEVICE)
+            module.proxy = proxy
+            compare(f"{metric}, {proxy} proxies", lambda: module(embeddings, labels),
+                    lambda: loop_prob(module, embeddings, labels), proxy == "vmf" or metric == "loglik")
+    before = peak()
+    module = prob_dml.ProbabilisticProxies(11318, D, temperature=1.0, concentration_init=18).to(DEVICE)
+    embeddings = embeddings.detach().repeat(math.ceil(90 / B), 1)[:90].requires_grad_()
+    took = seconds(lambda: module(embeddings, labels.repeat(math.ceil(90 / B))[:90]).backward(), repeats=1, warm=0)[0]
+    own = 2 * 2 * 11318 * D * 4 / 2 ** 20                                        # proxies, concentrations; and gradients
+    line("elk, nivmf proxies, SOP's 11,318 classes, B = 90", took)
+    if DEVICE.type == "cpu":
+        line("... MiB above the parameters and their gradients", max(0.0, peak() - before - own), unit="MiB")
+
+
+# ------------------------------------------------------------------------------------------------ network and loading
+
+def criterion_seconds(criterion, B, C, D):
+    """Seconds of what a training loop adds to the network's own work: the losses, forward and backward, and Adam."""
+    adam = torch.optim.Adam(criterion.groups(1e-3))
+    embeddings = (20 * torch.randn(B, D, device=DEVICE) / D ** 0.5).requires_grad_()
+    labels = torch.arange(B, device=DEVICE) % C
+
+    def step():
+        adam.zero_grad()
+        sum(criterion.terms(embeddings, labels).values()).backward()
+        adam.step()
+    return seconds(step, repeats=10, warm=2)[0]
+
+
+def bare_step(batch, size, autocast):
+    """A bare ResNet50 step (forward, backward, Adam) on pictures in memory, to be called."""
+    images = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
+    network = common.Network("resnet50", 512).to(DEVICE, memory_format=torch.channels_last).train()
     adam = torch.optim.Adam(network.parameters(), lr=1e-3)
-    bare, whole = [], []
+
+    def step():
+        adam.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            embeddings = network(images)
+        embeddings.float().square().mean().backward()
+        adam.step()
+    return step
+
+
+def whole_step(folder, batch, size, steps):
+    """Seconds of a whole step as `nir.py` runs it in its second epoch: loading and augmenting JPEG files, ProxyAnchor,
+    flow, gradient shares, progress."""
+    nir.main(["--dataset", "folder", "--data_root", f"{folder}/photos", "--weights", "none", "--epochs", "2",
+              "--batch_size", str(batch), "--image_size", str(size), "--embed_dim", "512", "--out", f"{folder}/run{batch}"])
+    return float(list(csv.DictReader(open(f"{folder}/run{batch}/log.csv")))[1]["seconds"]) / steps
+
+
+def network(batch, steps, size=224):
+    step = bare_step(batch, size, autocast=DEVICE.type == "cuda")
+    bare = seconds(step, repeats=steps)[0]
+    header(f"training step, ResNet50, batch {batch}, {size} pixels, D = 512", "the bare network step")
     with tempfile.TemporaryDirectory() as folder:
         for c in range(batch):                     # half of the classes train: as many as a batch needs
             (Path(folder) / f"photos/{c:03d}").mkdir(parents=True)
             for i in range(2 * steps if c < batch // 2 else 2):
-                picture = (255 * torch.rand(3, 30, 40)).to(torch.uint8)
-                picture = torchvision.transforms.functional.resize(picture, [375, 500])
+                picture = torchvision.transforms.functional.resize((255 * torch.rand(3, 30, 40)).to(torch.uint8), [375, 500])
                 torchvision.transforms.functional.to_pil_image(picture).save(f"{folder}/photos/{c:03d}/{i}.jpg")
-        for repeat in range(repeats):
-            for step in range(steps + 1):
-                start = time.perf_counter()
-                adam.zero_grad()
-                network(images).square().mean().backward()
-                adam.step()
-                bare += [time.perf_counter() - start] if step else []              # the first one warms up
-            nir.main(["--dataset", "folder", "--data_root", f"{folder}/photos", "--weights", "none", "--epochs", "2",
-                      "--batch_size", str(batch), "--image_size", str(size), "--device", "cpu",
-                      "--out", f"{folder}/run{repeat}"])
-            whole.append(float(list(csv.DictReader(open(f"{folder}/run{repeat}/log.csv")))[1]["seconds"]) / steps)
-    return statistics.median(bare), statistics.median(whole)
-
-
-def criterion_seconds(B=32, C=16, D=128, repeats=20):
-    """Seconds of what NIR's training loop adds to the network's own work: ProxyAnchor and flow, forward and backward,
-    and their Adam steps."""
-    module = nir.NIR(nir.ProxyAnchor(C, D), D)
-    adam = torch.optim.Adam(module.groups(1e-3))
-    embeddings, labels, times = torch.randn(B, D, requires_grad=True), torch.arange(B) % C, []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        adam.zero_grad()
-        sum(module.terms(embeddings, labels).values()).backward()
-        adam.step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def loop_elk(embeddings, labels, module):
-    """EL-nivMF as one would write it down first: image by image, its samples broadcast against all classes."""
-    mu, K, D = prob_dml.unit_vectors(module.proxies), module.concentrations, embeddings.shape[1]
-    losses = []
-    for e, label in zip(embeddings, labels):
-        z = prob_dml.sample_vmf(prob_dml.unit_vectors(e[None]), e.norm()[None], module.samples)             # (S, 1, D)
-        Kz, Kmu = K * z, K * mu                                                                             # (S, C, D)
-        log_q = (prob_dml.log_vmf_normalizer(Kmu.norm(dim=1), D) + (Kz * Kmu).sum(2) / Kz.norm(dim=2)
-                 + K.log().sum(1) - D * Kz.norm(dim=2).log())                                               # (S, C)
-        similarity = log_q.logsumexp(0) / module.log_temperature.exp()
-        losses.append(torch.nn.functional.cross_entropy(similarity, label))
-    return torch.stack(losses).mean()
-
-
-def elk_against_loop(B=90, C=100, D=512, S=5, repeats=9):
-    """Seconds, forward and backward, of the EL-nivMF loss and of the loop over the images, alternating."""
-    torch.manual_seed(0)
-    module = prob_dml.ProbabilisticProxies(C, D, samples=S, temperature=1.0, concentration_init=18)
-    embeddings, labels = (20 * torch.randn(B, D) / D ** 0.5).requires_grad_(), torch.randint(C, (B,))
-    times = {module.forward: [], loop_elk: []}
-    for _ in range(repeats):
-        for loss, extra in ((module.forward, ()), (loop_elk, (module,))):
-            start = time.perf_counter()
-            loss(embeddings, labels, *extra).backward()
-            times[loss].append(time.perf_counter() - start)
-    return tuple(statistics.median(values[1:]) for values in times.values())
+        out, sys.stdout = sys.stdout, sys.stderr                                 # the run's own lines are not the table's
+        whole = whole_step(folder, batch, size, steps)
+        sys.stdout = out
+        line("bare step / whole step of nir.py with loading", bare, whole, note="here the ratio is what the rest costs")
+        images = data.Images(data.load("folder", f"{folder}/photos")[0], data.train_transform(size, "photo"))
+        loading = seconds(lambda: [images[i] for i in range(min(64, len(images)))], repeats=3)[0] / min(64, len(images))
+    line("network, images/s", batch / bare, unit="images/s")
+    line("data loading, images/s of one worker", 1 / loading, unit="images/s",
+         note=f"{batch / bare * loading:.2f} workers keep the network busy")
+    C = 100
+    for what, criterion in (
+            ("ProxyAnchor + NIR (proxies, flow, Adam)", nir.NIR(nir.ProxyAnchor(C, 512), 512)),
+            ("EL-nivMF (proxies, concentrations, Adam)", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512))),
+            ("EL-nivMF + ProxyAnchor", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512), guidance_weight=5))):
+        took = criterion_seconds(criterion.to(DEVICE), batch, C, 512)
+        line(what, took, note=f"{100 * took / bare:.2f} % of the bare step")
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        single = seconds(bare_step(batch, size, autocast=False), repeats=steps)[0]
+        line("autocast against float32", bare, single)
+        line("float32, GPU memory", torch.cuda.max_memory_allocated() / 2 ** 20, unit="MiB")
 
 
 if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--quick", action="store_true", help="smaller sizes: two minutes on two cores")
+    quick = p.parse_args().quick
     threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {threads} threads for the network"
+    print(f"torch {torch.__version__}, {name}")
     torch.set_num_threads(1)
-    fast, loop = elk_against_loop()
-    print(f"EL-nivMF loss, B=90, C=100, D=512, S=5, 1 thread: {1e3 * fast:.1f} ms, loop over the images {1e3 * loop:.0f} ms, "
-          f"ratio {loop / fast:.0f}", flush=True)
+    retrieval(*((8000, 256) if quick else (60502, 1024)))
+    losses(*((30, 50, 128) if quick else ()), repeats=3 if quick else 7)
     torch.set_num_threads(threads)
-    added = criterion_seconds()
-    bare, whole = bare_against_whole()
-    print(f"ResNet50, batch 32, {threads} threads: bare step {bare:.2f} s, whole training step with data loading on the same "
-          f"cores {whole:.2f} s, ratio {whole / bare:.3f}; loss and flow alone {added:.3f} s, {100 * added / bare:.1f} %")
+    network(*((8, 2) if quick else (90, 3)))
