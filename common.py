@@ -469,6 +469,8 @@ def train(args, criterion, name, setup=None):
             optimizer.step()
             for term, value in terms.items():
                 sums[term] = sums.get(term, 0.0) + value.detach()
+        for buffer in network.buffers() if world > 1 else ():              # BatchNorm's averages: all take rank 0's
+            dist.broadcast(buffer, 0)
         scheduler.step()
         seconds = time.monotonic() - start
         recall = evaluate.recall_at_k(embed(network, judge, args, device), judge.labels.to(device), (1,))[1]

@@ -416,9 +416,11 @@ sys.path.insert(0, {root!r})
 import common, nir, prob_dml
 torch.set_default_dtype(torch.float64)
 
-class Network(common.Network):                       # BatchNorm as with ImageNet weights: frozen
+class Network(common.Network):
+    frozen = True                                    # BatchNorm as with ImageNet weights
+
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{{**kwargs, "freeze_norm": True}})
+        super().__init__(*args, **{{**kwargs, "freeze_norm": self.frozen}})
 
     def forward(self, images):
         return super().forward(images.double())
@@ -427,6 +429,8 @@ common.Network = Network
 settings = {settings!r} + ["--epochs", "2", "--warmup", "1"]
 nir.main(settings + ["--out", sys.argv[1] + "/nir", "--nir_form", "nll", "--nir_weight", "0.1"])
 prob_dml.main(settings + ["--out", sys.argv[1] + "/elk", "--guidance_weight", "1"])
+Network.frozen = False
+nir.main(settings + ["--out", sys.argv[1] + "/free", "--lr", "0.1"])
 '''
 
 
@@ -441,7 +445,7 @@ def test_two_processes_train_what_one_does(photos, tmp_path):
                 for number, start in ((1, [sys.executable]), (2, torchrun))]
     outputs = [process.communicate(timeout=250) for process in (one, two)]
     assert (one.returncode, two.returncode) == (0, 0), outputs
-    assert outputs[1][0].count("epoch   1/2") == 2 and "arning" not in outputs[1][1]      # rank 0 alone prints
+    assert outputs[1][0].count("epoch   1/2") == 3 and "arning" not in outputs[1][1]      # rank 0 alone prints
     for name in ("nir", "elk"):
         single, shared = [torch.load(tmp_path / number / name / "last.pt", weights_only=True) for number in "12"]
         for part in ("network", "criterion"):
@@ -450,6 +454,10 @@ def test_two_processes_train_what_one_does(photos, tmp_path):
         for a, b in zip(single["history"], shared["history"]):
             assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx(
                 {k: v for k, v in b.items() if k != "seconds"}, abs=1e-6)
+    # Where BatchNorm learns, each process normalises by its own share; but all evaluate with the averages that are saved.
+    history = torch.load(tmp_path / "2/free/last.pt", weights_only=True)["history"]
+    saved = json.loads((tmp_path / "2/free/results.json").read_text())["last"]
+    assert history[-1]["test_recall@1"] == saved["recall@1"]
 
 
 def test_a_batch_that_the_processes_cannot_share_is_an_error(photos, tmp_path, monkeypatch):
