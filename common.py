@@ -441,7 +441,7 @@ def train(args, criterion, name, setup=None):
         data.Images(train_split, data.train_transform(args.image_size, args.augment)), batch_sampler=batches,
         num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
     judge, judged = (val_split, "val") if val_split else (test_split, "test")
-    ks = (1, 10, 100, 1000) if args.dataset == "sop" else (1, 2, 4, 8)
+    ks = evaluate.usual_ks(args.dataset)
     print(f"{name}: {len(train_split.images)} images of {len(train_split.class_names)} classes train, "
           f"{len(test_split.images)} of {len(test_split.class_names)} test, on {device}; files in {out}", flush=True)
 

@@ -45,6 +45,11 @@ def check(embeddings, labels=None):
     return embeddings, labels.to(embeddings.device).unique(return_inverse=True)[1]
 
 
+def usual_ks(dataset):
+    """The k for which papers report Recall@k on a data set."""
+    return (1, 10, 100, 1000) if dataset == "sop" else (1, 2, 4, 8)
+
+
 def check_ks(ks):
     if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
         raise UserError(f"k = {list(ks)} cannot be evaluated: give positive whole numbers")
@@ -419,7 +424,7 @@ def main(argv=None):
     device, folder = common.make_device(args.device), Path(given.checkpoint).parent
     test = common.load_splits(args)[2]
     embeddings = common.embed(common.build_network(args, checkpoint).to(device), test, args, device)
-    ks = (1, 10, 100, 1000) if args.dataset == "sop" else (1, 2, 4, 8)
+    ks = usual_ks(args.dataset)
     certainty, curve = uncertainty(embeddings, test.labels, test.ambiguity)
     metrics = {"epoch": checkpoint["epoch"], **all_metrics(embeddings, test.labels, ks), **certainty}
     if given.retrieval == "elk":
