@@ -120,7 +120,7 @@ def load_file(path, option):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{option} {path} does not exist") from None
+        raise UserError(f"{option} {path} does not exist: give a file that does") from None
     except Exception as error:      # a file of other content makes the unpickler fail in any way whatever
         raise UserError(f"{option} {path} is not a checkpoint, or holds more than tensors and plain values: "
                         f"it was not opened ({type(error).__name__})") from None
@@ -263,8 +263,8 @@ def command(main):
         print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        last = Path(command.folder or "") / "last.pt"
-        print("\ninterrupted: " + (f"go on with --resume {last}" if command.folder and last.exists() else
+        last = Path(command.folder or "no run yet") / "last.pt"
+        print("\ninterrupted: " + (f"go on with python {sys.argv[0]} --resume {last}" if last.exists() else
                                     "no epoch is complete, so there is nothing to resume"), file=sys.stderr)
         sys.exit(130)
 
@@ -488,7 +488,8 @@ def train(args, criterion, name, setup=None):
             best = recall
             save_file(out / "best.pt", content)
         # last.pt comes after best.pt: a kill between the two only repeats this epoch.
-        save_file(out / "last.pt", {**content, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+        content |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        save_file(out / "last.pt", content)
         save_file(out / "log.csv", csv_text(history))
 
     if world > 1:

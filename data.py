@@ -120,7 +120,8 @@ def load_cars196(root):
             break
         if (base / "devkit/cars_train_annos.mat").exists() and (base / "cars_train").is_dir():
             names = [str(name) for name in read_mat(base / "devkit/cars_meta.mat")["class_names"]]
-            files = {"cars_train": base / "devkit/cars_train_annos.mat", "cars_test": base / "cars_test_annos_withlabels.mat"}
+            files = {"cars_train": base / "devkit/cars_train_annos.mat",
+                     "cars_test": base / "cars_test_annos_withlabels.mat"}
             if not files["cars_test"].exists():
                 raise UserError(f"{files['cars_test']} is missing: half of Cars196's labels are in it; put it there")
             rows = [(f"{folder}/{path}", label) for folder, file in files.items()
@@ -171,7 +172,7 @@ def load_folder(root):
         paths, labels = paths + files, labels + [len(names)] * len(files)
         names.append(folder.name)
     if not paths:
-        raise UserError(f"{root} holds no images in sub-folders: give --data_root a folder with one sub-folder per class")
+        raise UserError(f"{root} holds no images in sub-folders: give --data_root a folder of one sub-folder per class")
     return halves(paths, labels, names)
 
 
@@ -188,11 +189,11 @@ def load(name, root):
     if name == "toy":
         return load_toy()
     if name == "folder" and not Path(root).is_dir():
-        raise UserError(f"the folder {root} does not exist: give --data_root the folder that holds the data")
+        raise UserError(f"the folder {root} does not exist: give --data_root the folder that holds one sub-folder per class")
     splits = LOADERS[name](root)
     missing = [path for split in splits for path in split.images if not os.path.exists(path)]
     if missing:
-        raise UserError(f"{len(missing)} listed images are missing, the first is {missing[0]}: unpack the data set again")
+        raise UserError(f"{len(missing)} listed images are missing, the first is {missing[0]}: unpack the data again")
     counts = tuple(len(split.images) for split in splits)
     if name in PUBLISHED and counts != PUBLISHED[name]:
         warnings.warn(f"{root} holds {counts[0]} training and {counts[1]} test images of {name}, the published split "
@@ -250,7 +251,7 @@ def check_md5(path, md5):
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     if digest.hexdigest() != md5:
-        raise UserError(f"{path} has the MD5 digest {digest.hexdigest()} instead of {md5}: delete it and fetch it again")
+        raise UserError(f"{path} has the MD5 digest {digest.hexdigest()} instead of {md5}: delete and fetch it again")
 
 
 def download(url, path):
@@ -267,8 +268,8 @@ def download(url, path):
         length, start = int(response.headers.get("Content-Length") or 0), file.tell()
         free = shutil.disk_usage(path.parent).free
         if 2 * length > free:                      # the archive, and what comes out of it
-            raise UserError(f"{path.parent} has {free >> 20} MiB free, but {url} needs about {2 * length >> 20} MiB with "
-                            "its contents: make room and run again")
+            raise UserError(f"{path.parent} has {free >> 20} MiB free, but {url} needs about {2 * length >> 20} MiB "
+                            "with its contents: make room and run again")
         print(f"downloading {url} ({length >> 20} MiB)", flush=True)
         for block in progress(iter(lambda: response.read(1 << 20), b""), math.ceil(length / (1 << 20)), "MiB"):
             file.write(block)
@@ -281,7 +282,8 @@ def fetch(root, url, md5, folder):
     archive = Path(root) / url.rsplit("/", 1)[1]
     part = archive.with_name(archive.name + ".part")
     if not archive.exists():
-        with clear_errors(f"the download of {url}", f"run again to go on, or put the file into {root} by hand"):
+        with clear_errors(f"the download of {url}", f"run again to go on, put the file into {root} by hand, or "
+                          "try --dataset toy, which needs none"):
             archive.parent.mkdir(parents=True, exist_ok=True)
             download(url, part)
         try:
@@ -338,7 +340,7 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
     # Classes: two to four quadratic Bezier strokes of three control points in [-1, 1]^2.
     control = uniform(classes, 4, 3, 2, low=-1, high=1)
     present = torch.arange(4) < torch.randint(2, 5, (classes, 1), generator=rng)                  # (classes, 4)
-    spread = torch.full((classes, 3), 0.25)                                                       # slant, thickness, size
+    spread = torch.full((classes, 3), 0.25)                                                      # slant, thickness, size
     spread[torch.arange(classes), torch.randint(3, (classes,), generator=rng)] = 1.0
 
     # Drawings: a wobble of the control points, then slant, thickness and size by the class's own spread.
@@ -402,8 +404,8 @@ def train_transform(size, augment):
 
 def test_transform(size, augment):
     """Resize(256) and CenterCrop(224), or the same ratio at other sizes; `light` keeps the whole picture."""
-    resize = size if augment == "light" else round(size * 256 / 224)
-    return transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE])
+    resize = transforms.Resize(size if augment == "light" else round(size * 256 / 224))
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE])
 
 
 def corrupted(split, seed):
@@ -462,8 +464,8 @@ class ClassBatches:
     must be in all of them. So every image is seen in every epoch. (Unless a class has more groups than the epoch has
     room for: then as many as fit, others each time.) Too few classes for a batch each give several groups (a warning).
 
-    Yields lists of (image index, augmentation seed), or the `share` of each; all follows from the seed and `epoch` alone.
-    Raises UserError for a batch size that does not fit.
+    Yields lists of (image index, augmentation seed), or the `share` of each; all follows from the seed and `epoch`
+    alone. Raises UserError for a batch size that does not fit.
     """
 
     def __init__(self, labels, batch_size, per_class=2, seed=0):

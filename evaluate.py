@@ -378,7 +378,7 @@ def save_distributions(path, size=200):
     import prob_dml
     axis = torch.linspace(-1, 1, size)
     y, x = torch.meshgrid(-axis, axis, indexing="ij")
-    sphere = torch.stack([x, y, (1 - x ** 2 - y ** 2).clamp(min=0).sqrt()], dim=2)         # (size, size, 3), the near half
+    sphere = torch.stack([x, y, (1 - x ** 2 - y ** 2).clamp(min=0).sqrt()], dim=2)       # (size, size, 3), the near half
     mu = F.normalize(torch.tensor([[0.1, 0.2, 0.97]]))
     values = {"vMF": prob_dml.vmf_log_prob(sphere, mu[0], torch.tensor(15.0)).exp(),
               "nivMF": prob_dml.nivmf_log_prob(sphere, mu, torch.tensor([[5.0, 15.0, 10.0]]))[..., 0].exp()}
@@ -392,10 +392,11 @@ def save_distributions(path, size=200):
         if not on_sphere:
             level = 1 - (1 - level).sqrt()             # a distance: cosine's bands are equal angles, l2's equal lengths
         band = level.mul(16).floor().div(16).numpy() * (len(VIRIDIS) - 1)
-        tile = np.stack([np.interp(band, range(len(VIRIDIS)), channel) for channel in zip(*VIRIDIS)])     # (3, size, size)
+        tile = np.stack([np.interp(band, range(len(VIRIDIS)), channel) for channel in zip(*VIRIDIS)])   # (3, size, size)
         tile[:, (x ** 2 + y ** 2 > 1).numpy() & on_sphere] = 255
         if not on_sphere:
-            tile[:, size // 2 - 3:size // 2 + 4, size * 3 // 4] = tile[:, size // 2, size * 3 // 4 - 3:size * 3 // 4 + 4] = 255
+            row, column = size // 2, size * 3 // 4                                                     # where the proxy is
+            tile[:, row - 3:row + 4, column] = tile[:, row, column - 3:column + 4] = 255
         tile = Image.fromarray(tile.astype(np.uint8).transpose(1, 2, 0))
         captioned = Image.new("RGB", (size, size + 20), "white")
         captioned.paste(tile, (0, 20))
@@ -431,11 +432,13 @@ def main(argv=None):
         import prob_dml
 
         def kernel(queries, embeddings):
-            return prob_dml.SIMILARITIES["elk"](queries, embeddings, embeddings.norm(dim=1, keepdim=True), 1, "exact", None)
+            kappa = embeddings.norm(dim=1, keepdim=True)
+            return prob_dml.SIMILARITIES["elk"](queries, embeddings, kappa, 1, "exact", None)
         metrics.update({f"recall@{k} elk": v for k, v in recall_at_k(embeddings, test.labels, ks, kernel).items()})
     print(table({Path(given.checkpoint).name: metrics}))
     common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
-    common.save_file(folder / "rejection.csv", common.csv_text([dict(zip(("rejected", "error"), row)) for row in curve]))
+    rows = [dict(zip(("rejected", "error"), row)) for row in curve]
+    common.save_file(folder / "rejection.csv", common.csv_text(rows))
     if given.pictures:
         def image(i):                              # as the network sees it, in the colours before normalisation
             return (shown[i][0] * std + mean).clamp(0, 1)
@@ -445,6 +448,7 @@ def main(argv=None):
         save_norm_extremes(folder / "norms.png", image, embeddings, test.labels)
         print(f"pictures: {folder / 'retrieval.png'} (query, then its nearest; green right, red wrong), "
               f"{folder / 'norms.png'} (a class a row, norms growing from left to right)")
+    print(f"numbers: {folder / 'metrics.json'}, {folder / 'rejection.csv'}")
 
 
 if __name__ == "__main__":

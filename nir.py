@@ -160,7 +160,7 @@ class GlowFlow(nn.Module):
     def __init__(self, dim, cond_dim, num_blocks=5, depth=8, width=128, clamp=2.0):
         super().__init__()
         if dim < 2:
-            raise UserError(f"a coupling flow needs at least two dimensions to split, not {dim}: use --embed_dim 2 or more")
+            raise UserError(f"a coupling flow needs at least two dimensions to split, not {dim}: use --embed_dim 2")
         self.blocks = nn.ModuleList([Coupling(dim, cond_dim, depth, width, clamp, seed=i) for i in range(num_blocks)])
 
     @full_precision
@@ -227,7 +227,7 @@ class NIR(nn.Module):
     def log_values(self, embeddings, labels):
         """How tight the batch's classes are: mean cosine to the own (nearest) proxy, and between images of a class."""
         psi, rho = F.normalize(embeddings), F.normalize(self.proxy_loss.proxies.detach(), dim=-1)[labels]
-        to_proxy = (rho.view(len(psi), -1, psi.shape[1]) @ psi.unsqueeze(2)).amax(1)             # (B, K or 1, 1) -> (B, 1)
+        to_proxy = (rho.view(len(psi), -1, psi.shape[1]) @ psi.unsqueeze(2)).amax(1)           # (B, K or 1, 1) -> (B, 1)
         pairs = (labels.unsqueeze(0) == labels.unsqueeze(1)).triu(diagonal=1)
         return {"own_proxy_cosine": float(to_proxy.mean()), "class_cosine": float((psi @ psi.T)[pairs].mean())}
 
@@ -249,7 +249,7 @@ BASELINE = dict(proxy_lr=2000, proxy_weight=1.0)          # with --nir_weight 0
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs.
 SCRATCH = dict(lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, flow_lr=1,
                proxy_weight=1.0)
-# ... and NIR: nll by validation classes; toy's exp after nll had hurt on its test classes, so not chosen blindly: README.md.
+# ... and NIR: nll by validation classes; toy's exp after nll had hurt on its test classes, so not blindly: README.md.
 SCRATCH_NIR = {"toy": dict(nir_form="exp", nir_weight=10.0), "others": dict(nir_form="nll", nir_weight=0.01)}
 
 

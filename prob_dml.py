@@ -448,44 +448,52 @@ def setup(criterion, network, train_split, args, device):
 
 # ------------------------------------------------------------------------------------------------------- the settings
 # The *_lr are multiples of --lr; norm_multiplier scales the embedding layer's first weights. The released code learns T
-# itself, this one log T. g is the weight of ProxyAnchor that the released runs of PANC + EL-nivMF add.
+# itself, this one log T.
 
 PAPER = dict(lr=1e-5, lr_gamma=0.1, warmup=1, proxy_lr=5000, concentration_lr=20000, temperature=0.003,
              temperature_lr=200, samples=5)
 PRESETS = {  # (data set, D) -> EL-nivMF's settings where they differ from PAPER
-    ("cub200", 128): dict(epochs=250, lr_steps=[25, 50], lr_gamma=0.3, concentration_init=6, norm_multiplier=30),    # g 3
-    ("cub200", 512): dict(epochs=250, lr_steps=[31], concentration_init=18, norm_multiplier=50),                     # g 5
+    ("cub200", 128): dict(epochs=250, lr_steps=[25, 50], lr_gamma=0.3, concentration_init=6, norm_multiplier=30),
+    ("cub200", 512): dict(epochs=250, lr_steps=[31], concentration_init=18, norm_multiplier=50),
     ("cars196", 128): dict(epochs=300, lr_steps=[60, 80], proxy_lr=7500, concentration_lr=7500, concentration_init=9,
-                           norm_multiplier=12),                                                                      # g 0.3
-    ("cars196", 512): dict(epochs=300, lr_steps=[105, 170], lr_gamma=0.2, concentration_init=22, norm_multiplier=10),  # g 0.1
+                           norm_multiplier=12),
+    ("cars196", 512): dict(epochs=300, lr_steps=[105, 170], lr_gamma=0.2, concentration_init=22, norm_multiplier=10),
 }
 ABLATION = dict(epochs=50, lr_steps=[], batch_size=106, concentration_lr=50000, concentration_init=10,
                 norm_multiplier=150, temperature=1.0, temperature_lr=500, samples=10)
 ABLATIONS = {  # metric -> settings of the other cells of the ablation (CUB, D = 512) where they differ from ABLATION
-    "elk": {}, "bhattacharyya": {}, "kl": {}, "loglik": dict(temperature=1 / 32), "cosine": dict(temperature=1 / 256),
-    "l2": dict(concentration_init=200)}
-# A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs.
-SCRATCH = dict(lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, concentration_lr=100,
-               concentration_init=40, norm_multiplier=10, temperature=1.0, temperature_lr=10, samples=5)
-SCRATCHES = {"cosine": dict(temperature=1 / 16), "l2": dict(temperature=20.0)}
+    "loglik": dict(temperature=1 / 32), "cosine": dict(temperature=1 / 256), "l2": dict(concentration_init=200)}
+# A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs. T, concentration_init and
+# norm_multiplier were chosen for each cell on validation classes: README.md.
+SCRATCH = dict(lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, concentration_lr=200,
+               concentration_init=10, norm_multiplier=40, temperature=0.1, temperature_lr=10, samples=20)
+SCRATCHES = {  # (metric, proxy) -> what differs from SCRATCH
+    ("kl", "nivmf"): dict(norm_multiplier=10),
+    ("loglik", "nivmf"): dict(temperature=0.3, concentration_init=30, concentration_lr=600, norm_multiplier=10),
+    ("loglik", "vmf"): dict(temperature=1.0, norm_multiplier=10),
+    ("cosine", "vmf"): dict(temperature=1 / 8, norm_multiplier=10),
+    ("l2", "vmf"): dict(temperature=5.0, concentration_init=15, norm_multiplier=3),
+}
 
 
 def preset(args):
+    args.proxy = args.proxy or ("vmf" if args.metric in ("cosine", "l2") else "nivmf")
     if args.weights == "none":
-        return {**SCRATCH, **SCRATCHES.get(args.metric, {})}
-    if args.metric != "elk" or args.proxy == "vmf":
-        return {**PAPER, **ABLATION, **ABLATIONS[args.metric]}
+        return {**SCRATCH, **SCRATCHES.get((args.metric, args.proxy), {})}
+    if (args.metric, args.proxy) != ("elk", "nivmf"):
+        return {**PAPER, **ABLATION, **ABLATIONS.get(args.metric, {})}
     dim = 512 if args.embed_dim > 128 else 128             # what is not listed takes the nearest listed row's settings
     return {**PAPER, **PRESETS.get((args.dataset, dim), PRESETS["cub200", dim])}
 
 
 def main(argv=None):
-    rows = {f"{name}/{dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
-    rows.update({f"--metric {metric}": {**PAPER, **ABLATION, **row} for metric, row in ABLATIONS.items()})
-    rows.update({"--weights none, toy": SCRATCH})
-    rows.update({f"  with --metric {metric}": row for metric, row in SCRATCHES.items()})
-    p = common.parser(__doc__.split("\n\n")[0], "presets (*_lr are multiples of --lr). By data set: elk with nivmf "
-                      "proxies; by metric: the ablation's other cells\n" + common.preset_table(rows))
+    papers = {f"{name}/{dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
+    papers |= {"ablation": {**PAPER, **ABLATION}, **{f"..{metric}": row for metric, row in ABLATIONS.items()}}
+    scratch = {"elk": SCRATCH, **{f"..{'/'.join(cell)}": row for cell, row in SCRATCHES.items()}}
+    p = common.parser(__doc__.split("\n\n")[0], "presets of the papers' runs: elk with nivmf proxies by data set/D (others: "
+                      "as CUB), then the ablation's other cells;\n"
+                      "..metric: only what differs; *_lr are multiples of --lr\n" + common.preset_table(papers)
+                      + "\n\npresets from scratch (--weights none, toy)\n" + common.preset_table(scratch))
     add = p.add_argument_group("EL-nivMF").add_argument
     add("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
     add("--proxy", choices=("nivmf", "vmf"),
@@ -505,7 +513,6 @@ def main(argv=None):
     if args.picture:
         evaluate.save_distributions(args.picture)
         return
-    args.proxy = args.proxy or ("vmf" if args.metric in ("cosine", "l2") else "nivmf")
     if args.guidance_weight < 0:
         raise UserError("--guidance_weight cannot be negative")
 

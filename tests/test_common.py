@@ -227,7 +227,7 @@ def test_ctrl_c_leaves_a_run_to_resume_and_says_how(photos, tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 130
-    assert error.splitlines()[-1] == f"interrupted: go on with --resume {tmp_path / 'run/last.pt'}"
+    assert error.splitlines()[-1] == f"interrupted: go on with python {ROOT / 'nir.py'} --resume {tmp_path}/run/last.pt"
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] >= 1
 
 
