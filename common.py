@@ -47,6 +47,11 @@ def full_precision(function):
 
 # ----------------------------------------------------------------------------------------------------- the network
 
+class AverageAndMaximum(nn.Module):
+    def forward(self, features):
+        return features.mean((2, 3)) + features.amax((2, 3))
+
+
 class Network(nn.Module):
     """Backbone, pooling and one linear embedding layer: images (B, 3, H, W) -> embeddings (B, D), not normalised.
 
@@ -60,23 +65,18 @@ class Network(nn.Module):
         super().__init__()
         self.freeze_norm = freeze_norm
         if arch == "resnet50":
-            resnet = torchvision.models.resnet50()
-            self.backbone = nn.Sequential(*[part for name, part in resnet.named_children()
-                                            if name not in ("avgpool", "fc")])
-            width, self.pooling = 2048, pooling
+            self.backbone, width = torchvision.models.resnet50(), 2048
+            self.backbone.fc = nn.Identity()
+            if pooling == "double":
+                self.backbone.avgpool = AverageAndMaximum()
         else:
             blocks = [nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
                                     nn.MaxPool2d(2)) for width in (3, 64, 64, 64)]
-            self.backbone, self.pooling = nn.Sequential(*blocks), "none"
-            width = 64 * (image_size // 16) ** 2
+            self.backbone, width = nn.Sequential(*blocks), 64 * (image_size // 16) ** 2
         self.embedding = nn.Linear(width, embed_dim)
 
     def forward(self, images):
-        features = self.backbone(images)
-        if self.pooling != "none":
-            pooled = features.mean((2, 3))
-            features = pooled + features.amax((2, 3)) if self.pooling == "double" else pooled
-        return self.embedding(features.flatten(1))
+        return self.embedding(self.backbone(images).flatten(1))
 
     def train(self, mode=True):
         super().train(mode)
@@ -101,15 +101,8 @@ def load_weights(network, weights):
                             "by hand and give --weights PATH, or start from nothing with --weights none") from None
     else:
         state = load_file(weights, "--weights")
-    # torchvision's names to those of the Sequential: conv1, bn1, relu, maxpool, layer1, ..., without the classifier.
-    order = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
-    renamed = {}
-    for key, value in state.items() if isinstance(state, dict) else ():
-        head, _, rest = str(key).partition(".")
-        renamed[f"{order.get(head, head)}.{rest}"] = value
-    renamed = {key: value for key, value in renamed.items() if not key.startswith("fc.")}
     try:
-        network.backbone.load_state_dict(renamed)
+        network.backbone.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"--weights {weights} does not fit the network: give a torchvision resnet50 state dict "
                         f"({str(error).splitlines()[-1].strip()[:100]})") from None
