@@ -466,7 +466,7 @@ ABLATIONS = {  # metric -> settings of the other cells of the ablation (CUB, D =
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs. T, concentration_init and
 # norm_multiplier were chosen for each cell on validation classes: README.md.
 SCRATCH = dict(lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, concentration_lr=200,
-               concentration_init=10, norm_multiplier=40, temperature=0.1, temperature_lr=10, samples=20)
+               concentration_init=10, norm_multiplier=40, temperature=0.1, temperature_lr=10, samples=200)
 SCRATCHES = {  # (metric, proxy) -> what differs from SCRATCH
     ("kl", "nivmf"): dict(norm_multiplier=10),
     ("loglik", "nivmf"): dict(temperature=0.3, concentration_init=30, concentration_lr=600, norm_multiplier=10),
