@@ -9,21 +9,17 @@ A script brings its criterion, an `nn.Module` with three methods,
 and hands it to `train`, which is the whole protocol: one loop, read it from top to bottom.
 """
 import argparse
-import csv
 import datetime
 import functools
-import io
 import json
 import math
 import os
-import random
 import sys
 import time
 import urllib.error
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -155,33 +151,36 @@ def parser(description, epilog):
     add("--embed_dim", type=positive(int), help="D (default: 128; toy 64)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=positive(int), help="default: by preset")
-    add("--warmup", type=int, help="epochs in which the backbone stays as it is (default: by preset)")
+    add("--warmup", type=not_negative(int), help="epochs in which the backbone is not trained (default: by preset)")
     add("--batch_size", type=positive(int), help="two images per class (default: 90, or less if need be)")
     add("--lr", type=positive(float), help="Adam's rate for the network (default: by preset)")
     add("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
     add("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
-    add("--weight_decay", type=float, default=4e-4, help="for the network alone (default: 4e-4)")
+    add("--weight_decay", type=not_negative(float), default=4e-4, help="for the network alone (default: 4e-4)")
     add("--val_fraction", type=float, default=0.0,
         help="part of the training classes held out; they then choose the best epoch instead of the test "
              "classes, which the released code uses (default: 0)")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="default: 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--workers", type=int, help="processes that load images (default: the cores, at most 8; toy 0)")
+    add("--workers", type=not_negative(int), help="processes that load images (default: the cores, at most 8; toy 0)")
     add("--out", help="the run's folder (default: runs/NAME)")
     add("--resume", help="last.pt of a run that was stopped; its own settings are used")
     return p
 
 
-def positive(kind):
-    """An argparse type: an int or float above zero."""
+def positive(kind, zero=False):
+    """An argparse type: an int or float above zero, or also zero."""
     def convert(text):
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        if not (0 < value < math.inf or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is {'negative or infinite' if zero else 'not above zero'}")
         return value
     convert.__name__ = f"positive {kind.__name__}"
     return convert
+
+
+not_negative = functools.partial(positive, zero=True)
 
 
 def parse(p, preset, argv=None):
@@ -208,7 +207,8 @@ def parse(p, preset, argv=None):
     args.weights = args.weights or ("imagenet" if args.arch == "resnet50" else "none")
     args.image_size = args.image_size or (224 if args.arch == "resnet50" else 32 if toy else 64)
     args.augment = args.augment or ("light" if args.arch == "conv4" else "photo")
-    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count() or 1)
+    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, max(1, (os.cpu_count() or 1)
+                                                                                  // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     for key, value in preset(args).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -216,8 +216,6 @@ def parse(p, preset, argv=None):
         raise UserError(f"--image_size {args.image_size} is too small for four poolings: use at least 16")
     if not 0 <= args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction} is not in [0, 1)")
-    if args.warmup < 0 or args.workers < 0 or args.weight_decay < 0:
-        raise UserError("--warmup, --workers and --weight_decay cannot be negative")
     if args.arch == "conv4" and args.weights == "imagenet":
         raise UserError("--weights imagenet needs --arch resnet50: there are no ImageNet weights for conv4")
     return args
@@ -225,11 +223,7 @@ def parse(p, preset, argv=None):
 
 def preset_table(presets):
     """{title: settings} as aligned text for --help, a line for each setting."""
-    names = dict.fromkeys(name for settings in presets.values() for name in settings)
-    lines = [["", *presets]] + [[name, *(str(settings.get(name, "")).replace(" ", "") for settings in presets.values())]
-                                for name in names]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return evaluate.aligned(presets, lambda name, settings: str(settings.get(name, "")).replace(" ", ""))
 
 
 def make_device(name):
@@ -247,7 +241,7 @@ def make_device(name):
 
 def command(main):
     """Run a script's main: a user's mistake is one line and exit code 2."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: data.RANK0 and print(f"warning: {message}", file=sys.stderr)
     try:
         main()
         if dist.is_initialized():
@@ -256,6 +250,8 @@ def command(main):
         print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        if not data.RANK0:
+            sys.exit(130)
         last = Path(command.folder or "no run yet") / "last.pt"
         print("\ninterrupted: " + (f"go on with python {sys.argv[0]} --resume {last}" if last.exists() else
                                     "no epoch is complete, so there is nothing to resume"), file=sys.stderr)
@@ -405,7 +401,7 @@ def train(args, criterion, name, setup=None):
         raise UserError(f"--batch_size {args.batch_size} cannot be shared by {world} processes: try "
                         f"{args.batch_size - args.batch_size % math.lcm(2, world) or math.lcm(2, world)}")
     batches.share = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
-    seed_all(args.seed)
+    torch.manual_seed(args.seed)
     network = build_network(args, checkpoint).to(device)
     if device.type == "cuda" and world > 1 and not network.freeze_norm:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)                 # exists on GPUs alone
@@ -441,7 +437,7 @@ def train(args, criterion, name, setup=None):
 
     for epoch in range(first, args.epochs):
         batches.epoch = epoch
-        seed_all(args.seed + 7919 * (epoch + 1))       # for a loss that draws samples; images have seeds of their own
+        torch.manual_seed(args.seed + 7919 * (epoch + 1))    # for a loss that draws samples; images have seeds of their own
         network.train()
         network.backbone.requires_grad_(epoch >= args.warmup)
         if world > 1 and epoch in (first, args.warmup):                   # anew where other parameters have gradients
@@ -499,12 +495,6 @@ def train(args, criterion, name, setup=None):
     return columns
 
 
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
-
-
 def run_folder(args, name):
     """Make the run's folder and write its settings; never over another run's checkpoint."""
     out = Path(args.out or f"runs/{name}")
@@ -524,8 +514,4 @@ def run_folder(args, name):
 
 
 def csv_text(rows):
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+    return "\n".join(",".join(map(str, values)) for values in [rows[0], *(row.values() for row in rows)]) + "\n"

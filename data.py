@@ -31,6 +31,9 @@ class UserError(ValueError):
     """A user's mistake: one sentence that names the file, option or value and says what to do."""
 
 
+RANK0 = os.environ.get("RANK", "0") == "0"        # of several processes that torchrun starts, this one speaks
+
+
 class Split(NamedTuple):
     """One half of a data set. Labels run from 0 to `len(class_names) - 1`."""
     images: list                              # N paths, or N uint8 arrays (H, W)
@@ -44,10 +47,10 @@ def progress(items, total, what):
     """Yield from `items` while showing how far `what` is and the time left: one line in a terminal, a plain line a
     minute in a log file."""
     start = shown = time.monotonic()
-    terminal, rank0 = sys.stderr.isatty(), os.environ.get("RANK", "0") == "0"
+    terminal = sys.stderr.isatty()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and rank0 and now - shown > (0.5 if terminal else 60):
+        if done and RANK0 and now - shown > (0.5 if terminal else 60):
             left = int((now - start) / done * (total - done))
             text = f"  {what} {done}/{total}, {left // 60}:{left % 60:02d} left"
             print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)

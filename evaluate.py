@@ -71,10 +71,12 @@ def comparisons(embeddings, labels, what, similarity=None):
     if len(queries) < len(labels):
         warnings.warn(f"{len(labels) - len(queries)} of {len(labels)} images are alone in their class and are left out "
                       "as queries")
+    rows = CHUNK // len(labels) // 8                                   # a kernel needs room for its intermediate steps
     if similarity is None:
         embeddings, similarity = F.normalize(embeddings, dim=1), lambda queries, others: queries @ others.T
+        rows = CHUNK // len(labels)
     # Queries go by class, so that M is the largest class of the chunk and not of the whole data set.
-    chunks = queries.split(max(1, CHUNK // len(labels)))
+    chunks = queries.split(max(1, rows))
     for query in progress(chunks, len(chunks), what):
         label = labels[query]
         slot = torch.arange(int(counts[label].max()), device=label.device)
@@ -94,9 +96,12 @@ def recall_at_k(embeddings, labels, ks, similarity=None):
     Images alone in their class are no queries (warning). Raises UserError if no query is left.
     """
     check_ks(ks)
-    chunks = comparisons(*check(embeddings, labels), "recall: queries", similarity)
-    # ge_ leaves ones and zeros in floats: adding those is ten times faster than adding booleans.
-    ahead = torch.cat([strangers.ge_(relatives[:, :1] - TIE).sum(1) for relatives, strangers in chunks])
+    ahead = []
+    for relatives, strangers in comparisons(*check(embeddings, labels), "recall: queries", similarity):
+        closest = relatives[:, :1]
+        strangers.ge_(closest - TIE * closest.abs().clamp(min=1))    # ones and zeros in floats: adding those up is ten
+        ahead.append(strangers.sum(1))                               # times faster than adding booleans
+    ahead = torch.cat(ahead)
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 
@@ -301,8 +306,13 @@ def table(columns):
         fraction = name.startswith(("recall@", "map@")) or name in ("nmi", "f1")
         return f"{100 * metrics[name]:.1f} %" if fraction else f"{metrics[name]:.4g}"
 
-    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
-    rows = [["", *columns]] + [[name, *(cell(name, metrics) for metrics in columns.values())] for name in names]
+    return aligned(columns, cell)
+
+
+def aligned(columns, cell):
+    """Plain text of {title: {name: value}}: a row per name, whose cells are `cell(name, column)`."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [["", *columns]] + [[name, *(cell(name, column) for column in columns.values())] for name in names]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 

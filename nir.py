@@ -270,13 +270,11 @@ def main(argv=None):
     add = p.add_argument_group("proxy loss and NIR").add_argument
     add("--loss", choices=LOSSES, default="proxyanchor", help="default: proxyanchor")
     add("--nir_form", choices=("nll", "exp"), help="nll: the paper's; exp: the released code's (default: by preset)")
-    add("--nir_weight", type=float, help="0: the baseline without NIR (default: by preset)")
-    add("--proxy_weight", type=float, help="weight of the proxy loss (default: by preset)")
+    add("--nir_weight", type=common.not_negative(float), help="0: the baseline without NIR (default: by preset)")
+    add("--proxy_weight", type=common.not_negative(float), help="weight of the proxy loss (default: by preset)")
     add("--proxy_lr", type=common.positive(float), help="multiple of --lr for the proxies (default: by preset)")
     add("--flow_lr", type=common.positive(float), help="multiple of --lr for the flow (default: by preset)")
     args = common.parse(p, preset, argv)
-    if args.nir_weight < 0 or args.proxy_weight < 0:
-        raise UserError("--nir_weight and --proxy_weight cannot be negative")
 
     def criterion(num_classes):
         return NIR(LOSSES[args.loss](num_classes, args.embed_dim), args.embed_dim, args.nir_form, args.nir_weight,

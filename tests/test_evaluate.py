@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import evaluate
+import prob_dml
 from data import UserError
 
 
@@ -509,6 +510,8 @@ def test_recall_ranks_by_whatever_similarity_it_is_given():
 
 
 def test_the_picture_of_distributions_shows_what_falls_with_the_norm(tmp_path):
+    prob_dml.main(["--picture", str(tmp_path / "as the command draws it.png")])
+    assert Image.open(tmp_path / "as the command draws it.png").size == (4 * 208 + 8, 2 * 228 + 8)
     evaluate.save_distributions(tmp_path / "picture", size=41)
     assert (tmp_path / "picture").stat().st_size < 300_000
     picture = (255 * to_tensor(Image.open(tmp_path / "picture"))).round().int()

@@ -638,8 +638,16 @@ def settings(monkeypatch, *argv):
     ("--dataset cars196 --embed_dim 512", dict(lr_steps=[105, 170], lr_gamma=0.2, concentration_init=22)),
     ("--metric kl --proxy vmf", dict(epochs=50, batch_size=106, concentration_lr=50000, norm_multiplier=150,
                                      temperature=1.0, temperature_lr=500, concentration_init=10)),
+    ("--metric kl --dataset cars196", dict(batch_size=None, epochs=50)),
     ("--metric loglik", dict(temperature=1 / 32, proxy="nivmf")),
     ("--metric cosine", dict(temperature=1 / 256, proxy="vmf")), ("--metric l2", dict(concentration_init=200)),
+    ("--dataset toy", dict(temperature=0.1, concentration_init=10, norm_multiplier=40, samples=200, concentration_lr=200)),
+    ("--dataset toy --metric kl --proxy vmf", dict(temperature=0.1, norm_multiplier=40)),
+    ("--dataset toy --metric kl", dict(proxy="nivmf", temperature=0.1, concentration_init=10, norm_multiplier=10)),
+    ("--dataset toy --metric loglik", dict(temperature=0.3, concentration_init=30, concentration_lr=600)),
+    ("--dataset toy --metric loglik --proxy vmf", dict(temperature=1.0, concentration_init=10, norm_multiplier=10)),
+    ("--dataset toy --metric cosine", dict(temperature=1 / 8)),
+    ("--dataset toy --metric l2", dict(temperature=5.0, concentration_init=15, norm_multiplier=3)),
     ("--metric elk --guidance_weight 5 --epochs 7", dict(guidance_weight=5.0, epochs=7))])
 def test_presets_are_the_released_settings_and_the_command_line_beats_them(monkeypatch, argv, expected):
     given = settings(monkeypatch, *argv.split())
@@ -684,7 +692,7 @@ def test_warm_start_turns_the_proxies_to_the_class_means_and_scales_the_norms(mo
 def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):
     for argv, message in ((["--metric", "cosine", "--proxy", "nivmf"], "metric cosine knows no concentration"),
                           (["--proxy", "vmf", "--normalizer", "released"], "leave it at exact"),
-                          (["--guidance_weight", "-1"], "--guidance_weight cannot be negative")):
+                          (["--guidance_weight", "-1"], "--guidance_weight: -1 is negative")):
         with pytest.raises(SystemExit) as caught:
             common.command(lambda: prob_dml.main(["--dataset", "toy", "--device", "cpu", *argv]))
         assert caught.value.code == 2 and message in capsys.readouterr().err
