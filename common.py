@@ -370,8 +370,8 @@ def embed(network, split, args, device, what="embedding"):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             rows.append(network(images).to(network.embedding.weight.dtype))
-    rows = gather(torch.cat(rows)).view(world, -1, args.embed_dim)
-    return rows.transpose(0, 1).reshape(-1, args.embed_dim)[:len(split.images)]
+    rows = torch.cat(rows)
+    return gather(rows).view(world, *rows.shape).transpose(0, 1).flatten(0, 1)[:len(split.images)]
 
 
 def gradient_shares(terms, embeddings):
