@@ -14,6 +14,8 @@ import functools
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 import time
 import urllib.error
@@ -34,14 +36,36 @@ def full_precision(function):
     """Compute in float32 (or float64, if that comes in) whatever autocast or half precision surrounds the call."""
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
+        def full(a):
+            return a.float() if torch.is_tensor(a) and a.dtype in (torch.float16, torch.bfloat16) else a
         device = next(a.device.type for a in (*args, *kwargs.values()) if torch.is_tensor(a))
         with torch.autocast(device, enabled=False):
-            return function(*(a.float() if torch.is_tensor(a) and a.dtype in (torch.float16, torch.bfloat16) else a
-                              for a in args), **kwargs)
+            return function(*map(full, args), **{name: full(a) for name, a in kwargs.items()})
     return wrapped
 
 
 # ----------------------------------------------------------------------------------------------------- the network
+
+# A backbone is a function of the image size that returns (module, width of its features) or (module, width, mean,
+# deviation), the two being what its input is normalised with, three numbers in [0, 1] each; without them they are
+# ImageNet's, and where both are None the input is used as it is. `load_weights` fills the module.
+
+def resnet50(image_size):
+    """torchvision's, globally pooled to 2048 features."""
+    module = torchvision.models.resnet50()
+    module.fc = nn.Identity()
+    return module, 2048
+
+
+def conv4(image_size):
+    """The few-shot network: four blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 max-pooling, flattened at the end."""
+    blocks = [nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                            nn.MaxPool2d(2)) for width in (3, 64, 64, 64)]
+    return nn.Sequential(*blocks), 64 * (image_size // 16) ** 2
+
+
+BACKBONES = {"resnet50": resnet50, "conv4": conv4}        # add one's own here: README.md
+
 
 class AverageAndMaximum(nn.Module):
     def forward(self, features):
@@ -49,30 +73,44 @@ class AverageAndMaximum(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone, pooling and one linear embedding layer: images (B, 3, H, W) -> embeddings (B, D), not normalised.
+    """Backbone and one linear embedding layer: images (B, 3, H, W) -> embeddings (B, D), not normalised.
 
-    `resnet50`: torchvision's, globally pooled; `double` pooling adds the maximum to the average. `conv4`: four blocks
-    of 3x3 convolution (64 channels), BatchNorm, ReLU and 2x2 max-pooling, the few-shot network, flattened at the end.
-    `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet weights; a network that starts from
-    nothing has no statistics to keep.
+    uint8 images are normalised first; float ones are taken as normalised already. `pooling` double adds the maximum to
+    the average (resnet50). `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet weights; a
+    network that starts from nothing has no statistics to keep. `precision` (float32 or bfloat16) is the backbone's:
+    the embedding layer, and all that follows, computes in the precision of its weights. Raises UserError for an
+    unknown backbone, or one without the average pooling that `double` replaces.
     """
 
     def __init__(self, arch, embed_dim, image_size=224, pooling="average", freeze_norm=False):
         super().__init__()
-        self.freeze_norm = freeze_norm
-        if arch == "resnet50":
-            self.backbone, width = torchvision.models.resnet50(), 2048
-            self.backbone.fc = nn.Identity()
-            if pooling == "double":
-                self.backbone.avgpool = AverageAndMaximum()
-        else:
-            blocks = [nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-                                    nn.MaxPool2d(2)) for width in (3, 64, 64, 64)]
-            self.backbone, width = nn.Sequential(*blocks), 64 * (image_size // 16) ** 2
+        if arch not in BACKBONES:
+            raise UserError(f"--arch {arch} is not known here: choose {', '.join(BACKBONES)}, or register one's own in "
+                            "common.BACKBONES")
+        self.freeze_norm, self.precision = freeze_norm, "float32"
+        self.backbone, width, *statistics = BACKBONES[arch](image_size)
+        mean, deviation = statistics or (data.MEAN, data.DEVIATION)
+        if pooling == "double":
+            if not hasattr(self.backbone, "avgpool"):
+                raise UserError(f"--pooling double needs a backbone with a layer `avgpool`, which {arch} has not: leave "
+                                "it out")
+            self.backbone.avgpool = AverageAndMaximum()
+        # Not part of a checkpoint: they follow from the backbone's name.
+        for name, values in (("mean", mean), ("deviation", deviation)):
+            values = None if values is None else torch.tensor(values).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         self.embedding = nn.Linear(width, embed_dim)
 
     def forward(self, images):
-        return self.embedding(self.backbone(images).flatten(1))
+        weight = self.embedding.weight
+        if images.dtype == torch.uint8:
+            images = images.to(weight.dtype)
+            if self.mean is not None:
+                images = (images / 255 - self.mean) / self.deviation
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            features = self.backbone(images).flatten(1)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.embedding(features.to(weight.dtype))
 
     def train(self, mode=True):
         super().train(mode)
@@ -85,7 +123,7 @@ class Network(nn.Module):
 
 def load_weights(network, weights):
     """Fill the backbone: `imagenet` (torchvision's V1 weights for resnet50, downloaded once, digest checked), `none`,
-    or the path of a torchvision state dict. Raises UserError where that is not possible."""
+    or the path of its state dict, with or without its classifier. Raises UserError where that is not possible."""
     if weights == "none":
         return
     if weights == "imagenet":
@@ -98,9 +136,11 @@ def load_weights(network, weights):
     else:
         state = load_file(weights, "--weights")
     try:
-        network.backbone.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
+        own = network.backbone.state_dict()
+        network.backbone.load_state_dict({key: value for key, value in state.items() if key in own or
+                                          key.split(".")[0] not in ("fc", "_fc", "classifier", "head")})
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"--weights {weights} does not fit the network: give a torchvision resnet50 state dict "
+        raise UserError(f"--weights {weights} does not fit the network: give a state dict of its backbone "
                         f"({str(error).splitlines()[-1].strip()[:100]})") from None
 
 
@@ -139,8 +179,8 @@ def parser(description, epilog):
     add("--dataset", choices=data.DATASETS, default="cub200", help="default: cub200; toy is built in")
     add("--data_root", default="data", help="folder that holds, or receives, the data set (default: data)")
     add = p.add_argument_group("network").add_argument
-    add("--arch", choices=("resnet50", "conv4"), help="default: conv4 for toy, resnet50 for the others")
-    add("--weights", help="imagenet, none or a state dict's path (default: imagenet for resnet50)")
+    add("--arch", choices=BACKBONES, help="default: conv4 for toy, resnet50 for the others")
+    add("--weights", help="imagenet, none or a state dict's path (default: imagenet for resnet50, else none)")
     add("--pooling", choices=("average", "double"), default="average",
         help="double: average + maximum (default: average)")
     add("--image_size", type=positive(int), help="pixels (default: 224; conv4: 32 for toy, else 64)")
@@ -152,7 +192,7 @@ def parser(description, epilog):
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=positive(int), help="default: by preset")
     add("--warmup", type=not_negative(int), help="epochs in which the backbone is not trained (default: by preset)")
-    add("--batch_size", type=positive(int), help="two images per class (default: 90, or less if need be)")
+    add("--batch_size", type=positive(int), help="two images per class (default: by preset, or less if need be)")
     add("--lr", type=positive(float), help="Adam's rate for the network (default: by preset)")
     add("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
     add("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
@@ -163,6 +203,8 @@ def parser(description, epilog):
     add = p.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="default: 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the backbone; auto: bfloat16 on a GPU that has it in hardware (default: auto)")
     add("--workers", type=not_negative(int), help="processes that load images (default: the cores, at most 8; toy 0)")
     add("--out", help="the run's folder (default: runs/NAME)")
     add("--resume", help="last.pt of a run that was stopped; its own settings are used")
@@ -186,14 +228,17 @@ not_negative = functools.partial(positive, zero=True)
 def parse(p, preset, argv=None):
     """The settings as a Namespace: what the command line says, else a resumed run's own, else the preset's.
 
-    `preset(args) -> dict` is asked after `dataset`, `arch` and `embed_dim` are known.
+    `preset(args) -> dict` is asked after `dataset`, `arch`, `weights` and `embed_dim` are known. Its batch size becomes
+    `usual_batch_size`, which may be reduced; the user's own may not.
     """
     free = {"device", "workers", "resume", "out", "data_root"}       # these do not change what is computed
     args = p.parse_args(argv)
     if args.resume:
         saved = load_checkpoint(args.resume, "--resume")["args"]
-        if vars(args).keys() - saved.keys():
-            raise UserError(f"--resume {args.resume} is a run of another script or version: resume it with its own")
+        unknown = vars(args).keys() - saved.keys()
+        if unknown:
+            raise UserError(f"--resume {args.resume} is a run of another script or version, which knows no "
+                            f"{', '.join(f'--{key}' for key in sorted(unknown))}: resume it with its own")
         given = p.parse_args(argv, argparse.Namespace(**{key: saved.get(key) for key in vars(args)}))
         for key, value in vars(given).items():
             if key not in free and value != saved.get(key, value):
@@ -205,19 +250,21 @@ def parse(p, preset, argv=None):
     args.arch = args.arch or ("conv4" if toy else "resnet50")
     args.embed_dim = args.embed_dim or (64 if toy else 128)
     args.weights = args.weights or ("imagenet" if args.arch == "resnet50" else "none")
-    args.image_size = args.image_size or (224 if args.arch == "resnet50" else 32 if toy else 64)
+    args.image_size = args.image_size or (224 if args.arch != "conv4" else 32 if toy else 64)
     args.augment = args.augment or ("light" if args.arch == "conv4" else "photo")
     args.workers = args.workers if args.workers is not None else 0 if toy else min(8, max(1, (os.cpu_count() or 1)
                                                                                   // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    for key, value in preset(args).items():
+    settings = preset(args)
+    args.usual_batch_size = settings.pop("batch_size")
+    for key, value in settings.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.image_size < 16:
         raise UserError(f"--image_size {args.image_size} is too small for four poolings: use at least 16")
     if not 0 <= args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction} is not in [0, 1)")
-    if args.arch == "conv4" and args.weights == "imagenet":
-        raise UserError("--weights imagenet needs --arch resnet50: there are no ImageNet weights for conv4")
+    if args.arch != "resnet50" and args.weights == "imagenet":
+        raise UserError(f"--weights imagenet needs --arch resnet50: for {args.arch} give a state dict's path, or none")
     return args
 
 
@@ -227,16 +274,31 @@ def preset_table(presets):
 
 
 def make_device(name):
-    """`auto` is the first GPU, or the process's own of several, else the CPU."""
+    """`auto` is the first GPU, or the process's own of several, else the CPU. UserError for one that cannot be used, or
+    has no float64, which the vMF normaliser and the metrics need."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif ":" in name and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--device {name} names one device for {os.environ['LOCAL_WORLD_SIZE']} processes: with torchrun "
+                        f"give --device {name.split(':')[0]}, and each takes its own")
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name, dtype=torch.float64)
         return torch.device(name)
+    except TypeError:
+        raise UserError(f"--device {name} has no float64, which the metrics and the vMF normaliser need: try --device "
+                        "cpu") from None
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+
+
+def backbone_precision(precision, device):
+    """What `auto` means on a device. The authors trained in float32; bfloat16 emulated in software is slower than that."""
+    if precision != "auto":
+        return precision
+    hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if hardware else "float32"
 
 
 def command(main):
@@ -271,8 +333,8 @@ def load_checkpoint(path, option):
     return checkpoint
 
 
-def build_network(args, checkpoint=None):
-    """The network of a run, with the weights it starts from or those of its checkpoint."""
+def build_network(args, checkpoint=None, device=torch.device("cpu")):
+    """The network of a run on `device`, with the weights it starts from or those of its checkpoint."""
     network = Network(args.arch, args.embed_dim, args.image_size, args.pooling, freeze_norm=args.weights != "none")
     if checkpoint is None:
         load_weights(network, args.weights)
@@ -282,7 +344,8 @@ def build_network(args, checkpoint=None):
         except RuntimeError as error:
             raise UserError(f"the checkpoint does not hold the network its settings name ({args.arch}, "
                             f"D = {args.embed_dim}): {str(error).splitlines()[-1].strip()[:100]}") from None
-    return network.to(memory_format=torch.channels_last)      # the faster layout for convolutions, CPU and GPU
+    network.precision = backbone_precision(vars(args).get("precision", "auto"), device)
+    return network.to(device, memory_format=torch.channels_last)      # the faster layout for convolutions, CPU and GPU
 
 
 def load_splits(args):
@@ -349,9 +412,7 @@ class Model(nn.Module):
         self.network, self.criterion = network, criterion
 
     def forward(self, images, labels):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):             # the network alone
-            embeddings = self.network(images)
-        embeddings, labels = gather(embeddings.to(self.network.embedding.weight.dtype)), gather(labels)
+        embeddings, labels = gather(self.network(images)), gather(labels)
         return self.criterion.terms(embeddings, labels), embeddings, labels
 
 
@@ -368,8 +429,7 @@ def embed(network, split, args, device, what="embedding"):
     rows = []
     for images, _ in progress(loader, len(loader), what):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            rows.append(network(images).to(network.embedding.weight.dtype))
+        rows.append(network(images))
     rows = torch.cat(rows)
     return gather(rows).view(world, *rows.shape).transpose(0, 1).flatten(0, 1)[:len(split.images)]
 
@@ -387,22 +447,23 @@ def train(args, criterion, name, setup=None):
     """Train, select, evaluate: the whole protocol. Files go to args.out or runs/`name`; returns the final metrics.
 
     `criterion(num_classes)` makes the loss; `setup(criterion, network, train_split, args, device)` may prepare it
-    before the first epoch (a warm start). Everything random follows from --seed and the epoch, so a run that is
-    resumed at an epoch's beginning computes the very numbers that it would have computed without the stop.
+    before the first epoch (a warm start). Everything random follows from --seed and the epoch, so on the CPU a run that
+    is resumed at an epoch's beginning computes the very numbers that it would have computed without the stop. (On a GPU
+    nearly so: there sums of floats are taken in changing order.)
     """
     device = make_device(args.device)
     join_processes(device)
     rank, world = processes()
     train_split, val_split, test_split = load_splits(args)
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
-    args.batch_size = args.batch_size or min(90, data.largest_batch(train_split.labels))
+    args.batch_size = args.batch_size or min(args.usual_batch_size, data.largest_batch(train_split.labels))
     batches = data.ClassBatches(train_split.labels, args.batch_size, seed=args.seed)
     if args.batch_size % world:
         raise UserError(f"--batch_size {args.batch_size} cannot be shared by {world} processes: try "
                         f"{args.batch_size - args.batch_size % math.lcm(2, world) or math.lcm(2, world)}")
     batches.share = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     torch.manual_seed(args.seed)
-    network = build_network(args, checkpoint).to(device)
+    network = build_network(args, checkpoint, device)
     if device.type == "cuda" and world > 1 and not network.freeze_norm:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)                 # exists on GPUs alone
     criterion = criterion(len(train_split.class_names)).to(device)
@@ -487,8 +548,9 @@ def train(args, criterion, name, setup=None):
     columns = {}
     for title in ("last", "best"):
         saved = load_checkpoint(out / f"{title}.pt", "checkpoint")
-        rows = embed(build_network(args, saved).to(device), test_split, args, device)
-        columns[title] = {"epoch": saved["epoch"], **evaluate.all_metrics(rows, test_split.labels.to(device), ks)}
+        rows = embed(build_network(args, saved, device), test_split, args, device)
+        columns[title] = {"epoch": saved["epoch"], **evaluate.all_metrics(rows, test_split.labels.to(device), ks),
+                          **evaluate.uncertainty(rows, test_split.labels, test_split.ambiguity)[0]}
     print(f"\ntest classes; the best epoch is chosen by {judged} Recall@1\n" + evaluate.table(columns), flush=True)
     save_file(out / "results.json", json.dumps(columns, indent=1))
     print(f"\npictures: python evaluate.py --checkpoint {out / 'best.pt'} --pictures")
@@ -509,8 +571,20 @@ def run_folder(args, name):
     with data.clear_errors(f"making the folder {out}", "give another one with --out"):
         out.mkdir(parents=True, exist_ok=True)
     args.out = command.folder = str(out)
-    save_file(out / "args.json", json.dumps(vars(args), indent=1))
+    if not args.resume:
+        script = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
+        made_by = {"command": shlex.join(["python", *script]), "torch": torch.__version__, "commit": commit()}
+        save_file(out / "args.json", json.dumps({**vars(args), **made_by}, indent=1))
     return out
+
+
+def commit():
+    """This checkout's commit, with a + where files differ from it; unknown without git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def csv_text(rows):

@@ -384,7 +384,7 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
 
 # ---------------------------------------------------------------------------------------------- images and batches
 
-NORMALIZE = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])      # ImageNet's mean and deviation
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # ImageNet's, of red, green and blue in [0, 1]
 
 
 def read_image(source):
@@ -402,13 +402,13 @@ def train_transform(size, augment):
     """`photo`: the papers' crop and flip. `light`: for drawings, which neither survive a crop of 8 % nor a mirror."""
     crops = {"photo": [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()],
              "light": [transforms.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25))]}
-    return transforms.Compose([*crops[augment], transforms.ToTensor(), NORMALIZE])
+    return transforms.Compose([*crops[augment], transforms.PILToTensor()])
 
 
 def test_transform(size, augment):
     """Resize(256) and CenterCrop(224), or the same ratio at other sizes; `light` keeps the whole picture."""
     resize = transforms.Resize(size if augment == "light" else round(size * 256 / 224))
-    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE])
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 
 def corrupted(split, seed):
@@ -420,17 +420,19 @@ def corrupted(split, seed):
 
 
 def corrupt(image, amount, seed):
-    """Add noise of deviation `amount` to a normalised picture (3, H, W) and erase a square of up to half its area."""
+    """Add noise of `amount` colour deviations to a picture (3, H, W) uint8, clip it to 0 .. 255, and make a square of up
+    to half its area the mean colour."""
     rng = torch.Generator().manual_seed(seed)
-    image = image + amount * torch.randn(image.shape, generator=rng)
+    mean, deviation = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    image = (image + amount * deviation * torch.randn(image.shape, generator=rng)).round().clamp(0, 255).to(torch.uint8)
     side = round(math.sqrt(0.5 * amount) * min(image.shape[1:]))
     top, left = (int(torch.randint(length - side + 1, (), generator=rng)) for length in image.shape[1:])
-    image[:, top:top + side, left:left + side] = 0
+    image[:, top:top + side, left:left + side] = mean.round().to(torch.uint8)
     return image
 
 
 class Images(torch.utils.data.Dataset):
-    """Pictures of a Split as normalised tensors (3, H, W) with their labels.
+    """Pictures of a Split as uint8 tensors (3, H, W) with their labels; the network normalises them.
 
     An item is asked for by its index, or by (index, seed): then its augmentation depends on the seed alone, and not
     on which worker process draws it, how many there are, or what was drawn before.

@@ -102,6 +102,8 @@ def vmf_normalizer(kappa, dim):
     difference of large numbers, and A_D' for large kappa nothing but rounding error."""
     if dim < 2:
         raise UserError(f"A von Mises-Fisher distribution needs at least 2 dimensions, but the dimension is {dim}.")
+    if kappa.device.type == "mps":
+        raise UserError("The normaliser of the vMF needs float64, which an MPS device does not have: use the CPU.")
     return VMFNormalizer.apply(kappa.double(), dim)
 
 
@@ -232,20 +234,21 @@ def sample_angle(kappa, D, generator):
 
 # ----------------------------------------------------------------------------------------------------------- the nivMF
 
-NORMALIZERS = ("exact", "released")
+FORMS = ("exact", "released")
 
 
-def nivmf_log_prob(z, mu, concentration, normalizer="exact"):
+def nivmf_log_prob(z, mu, concentration, form="exact", metric="elk"):
     """Log density at unit vectors z (..., D) of the non-isotropic vMFs with directions mu (C, D), unit vectors, and
     K = diag(k_1 .. k_D) from concentration (C, D) > 0: (..., C). For K = k I it is the vMF with concentration k.
 
     If z' = Kz / ||Kz|| follows a vMF with natural parameter K mu, then by change of variables on the sphere
-        log p(z) = log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - D log ||Kz||        (normalizer "exact").
-    The authors' code has log det K - log ||K mu|| for the last two terms ("released"). Its integral is not one, and
-    differs from proxy to proxy.
+        log p(z) = log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - D log ||Kz||                      (form "exact").
+    The authors' code ("released") computes two other functions, neither of which integrates to one:
+        log C_D(||K mu||) + z . K mu            + log det K - log ||K mu||          in EL-nivMF, isotropic in z,
+        log C_D(||K mu||) + (Kz . K mu)/||Kz||  + log det K - log ||K mu||          in its log-likelihood (metric loglik).
     """
-    if normalizer not in NORMALIZERS:
-        raise UserError(f"normalizer must be one of {', '.join(NORMALIZERS)}, not {normalizer!r}.")
+    if form not in FORMS:
+        raise UserError(f"form must be one of {', '.join(FORMS)}, not {form!r}.")
     if concentration.shape != mu.shape or mu.dim() != 2 or z.shape[-1] != mu.shape[1]:
         raise UserError(f"nivmf_log_prob takes z (..., D), mu (C, D), concentration (C, D), not {tuple(z.shape)}, "
                         f"{tuple(mu.shape)}, {tuple(concentration.shape)}.")
@@ -253,37 +256,47 @@ def nivmf_log_prob(z, mu, concentration, normalizer="exact"):
     # g, the geometric mean of k_1 .. k_D, is taken out of K: log det K - D log ||Kz|| = -D/2 log (||Kz|| / g)^2 is
     # small, where its two terms alone are in the thousands and float32 has no digits left for their difference.
     log_g = concentration.log().mean(1)  # (C,)
+    Kmu = concentration * mu
+    norm_Kmu = Kmu.norm(dim=1)  # (C,)
+    if form == "released":
+        log_factor = log_vmf_normalizer(norm_Kmu, D) + D * log_g - norm_Kmu.log()  # (C,)
+        if metric != "loglik":
+            return z @ Kmu.T + log_factor  # (..., D) @ (D, C) -> (..., C)
     K2 = (concentration / log_g.exp().unsqueeze(1)).square()  # K^2 / g^2
     Kz2 = z.square() @ K2.T  # ||Kz||^2 / g^2, (..., D) @ (D, C) -> (..., C)
     Kz_Kmu = z @ (K2 * mu).T * log_g.exp() / Kz2.sqrt()  # (Kz . K mu) / ||Kz||
-    Kmu = (concentration * mu).norm(dim=1)  # (C,)
-    log_volume = -0.5 * D * Kz2.log() if normalizer == "exact" else D * log_g - Kmu.log()
-    return log_vmf_normalizer(Kmu, D) + Kz_Kmu + log_volume
+    if form == "released":
+        return Kz_Kmu + log_factor
+    return log_vmf_normalizer(norm_Kmu, D) + Kz_Kmu - 0.5 * D * Kz2.log()
 
 
 # ---------------------------------------------------------------------------------------------------- the similarities
 # Each takes embeddings e (B, D), proxies rho (C, D), whose directions alone count (but for l2), and concentration:
 # (C, 1) for vMF proxies or (C, D) for nivMF proxies. Each returns (B, C), larger for more similar. p is the image's
 # distribution, q the proxy's. Between two vMFs everything is in closed form, written with e itself, k1 mu1, so that it
-# is smooth even at e = 0. For nivMF proxies, an expectation over p is a mean over samples that all proxies share.
+# is smooth even at e = 0. For nivMF proxies, an expectation over p is a mean over samples that all proxies share; there
+# form "released" takes the authors' density, and divides each sample's log density by T inside the log-mean-exp: then the
+# result is T log mean_s exp(log q(z_s) / T), which is the log of the kernel for T = 1 alone.
 
 
-def sample_log_q(embeddings, proxies, concentration, samples, normalizer, generator):
+def sample_log_q(embeddings, proxies, concentration, samples, form, generator):
     """Samples of the images z (S, B, D) and log q(z), (S, B, C)."""
     z = sample_vmf(unit_vectors(embeddings), embeddings.norm(dim=1), samples, generator)
-    return z, nivmf_log_prob(z, unit_vectors(proxies), concentration, normalizer)
+    return z, nivmf_log_prob(z, unit_vectors(proxies), concentration, form)
 
 
-def product_kernel(embeddings, proxies, concentration, samples, normalizer, generator, r=1.0):
+def product_kernel(embeddings, proxies, concentration, samples, form, generator, temperature=1.0, r=1.0):
     """log int p(z)^r q(z)^r dz, the probability product kernel: r = 1 is the expected likelihood kernel (ELK), r = 1/2
     the Bhattacharyya coefficient. It is log mean_s p(z_s)^(r-1) q(z_s)^r with z_s ~ p, and between two vMFs
         r log C(k1) + r log C(k2) - log C(r ||k1 mu1 + k2 mu2||)."""
     D = embeddings.shape[1]
     norm = embeddings.norm(dim=1)
     if concentration.shape[1] == D:
-        z, log_q = sample_log_q(embeddings, proxies, concentration, samples, normalizer, generator)
+        z, log_q = sample_log_q(embeddings, proxies, concentration, samples, form, generator)
         if r != 1:
             log_q = r * log_q + (r - 1) * vmf_log_prob(z, unit_vectors(embeddings), norm).unsqueeze(2)
+        if form == "released":
+            return temperature * ((log_q / temperature).logsumexp(0) - math.log(samples))
         return log_q.logsumexp(0) - math.log(samples)
     natural = concentration * unit_vectors(proxies)
     squared = norm.square()[:, None] + concentration[:, 0].square() + 2 * embeddings @ natural.T
@@ -292,7 +305,7 @@ def product_kernel(embeddings, proxies, concentration, samples, normalizer, gene
     return r * log_c - log_vmf_normalizer(r * norm_of_sum, D)
 
 
-def kl(embeddings, proxies, concentration, samples, normalizer, generator):
+def kl(embeddings, proxies, concentration, samples, form, generator, temperature=1.0):
     """-KL(p || q) = E_p[log q(z)] - E_p[log p(z)], where E_p[log p(z)] = log C(k1) + k1 A(k1), and if q is a vMF too,
     E_p[log q(z)] = log C(k2) + A(k1) k2 mu1.mu2. The authors' code has k1 for k1 A(k1), and +KL as a similarity."""
     D = embeddings.shape[1]
@@ -300,17 +313,17 @@ def kl(embeddings, proxies, concentration, samples, normalizer, generator):
     log_c, s = vmf_normalizer(k1, D)  # s = A(k1) / k1, so A(k1) mu1 = s e
     entropy = (-log_c - s * k1.square()).to(embeddings.dtype)  # (B, 1)
     if concentration.shape[1] == D:
-        _, log_q = sample_log_q(embeddings, proxies, concentration, samples, normalizer, generator)
+        _, log_q = sample_log_q(embeddings, proxies, concentration, samples, form, generator)
         return log_q.mean(0) + entropy
     expected_log_q = s.to(embeddings.dtype) * (embeddings @ (concentration * unit_vectors(proxies)).T)
     return log_vmf_normalizer(concentration[:, 0], D) + expected_log_q + entropy
 
 
-def loglik(embeddings, proxies, concentration, samples, normalizer, generator):
+def loglik(embeddings, proxies, concentration, samples, form, generator, temperature=1.0):
     """log q(mu1), the proxy's log density at the image's mean direction. The norm of the embedding plays no part."""
     mu1, mu2 = unit_vectors(embeddings), unit_vectors(proxies)
     if concentration.shape[1] == embeddings.shape[1]:
-        return nivmf_log_prob(mu1, mu2, concentration, normalizer)
+        return nivmf_log_prob(mu1, mu2, concentration, form, "loglik")
     return log_vmf_normalizer(concentration[:, 0], mu1.shape[1]) + mu1 @ (concentration * mu2).T
 
 
@@ -329,84 +342,92 @@ SIMILARITIES = {"elk": product_kernel, "bhattacharyya": partial(product_kernel, 
 
 # ------------------------------------------------------------------------------------------------------------ the loss
 
-MIN_CONCENTRATION = 0.1
+MIN_CONCENTRATION, MIN_TEMPERATURE = 0.1, 1e-3
 
 
 class ProbabilisticProxies(nn.Module):
     """One distribution per class, and the loss: softmax cross-entropy over all classes of similarity / T, the form of
-    ProxyNCA++. T is learned. (The authors' code divides each sample's log density by T inside the log-mean-exp of ELK,
-    which is no longer the log of the kernel.)
+    ProxyNCA++. T is learned.
 
     metric: a key of SIMILARITIES. proxy: "nivmf" or "vmf"; cosine and l2 know no concentration, so "vmf" alone.
-    normalizer: see `nivmf_log_prob`. samples: per image, where there is no closed form. temperature: T's first value.
-    concentration_init: first value of every concentration; for l2, the proxies' first length.
+    form: of the density of nivMF proxies, see `nivmf_log_prob`; None is DEFAULT_FORM. samples: per image, where there is
+    no closed form. temperature: T's first value. concentration_init: first value of every concentration. For l2, whose
+    `concentrations` are the proxies' lengths, it is the gain of a Xavier normal: they start at gain sqrt(2 D / (C + D)).
+
+    `proxies` (C, D) give directions alone. They are stored with the length `concentration_init`: Adam moves each
+    coordinate by about its rate, so that the length decides how far one step turns a proxy.
     """
 
-    def __init__(self, num_classes, dim, metric="elk", proxy="nivmf", normalizer="exact", samples=5, temperature=0.003,
+    def __init__(self, num_classes, dim, metric="elk", proxy="nivmf", form=None, samples=5, temperature=0.003,
                  concentration_init=10.0):
         super().__init__()
         for name, value, choices in (("metric", metric, tuple(SIMILARITIES)), ("proxy", proxy, ("nivmf", "vmf")),
-                                     ("normalizer", normalizer, NORMALIZERS)):
+                                     ("form", form or "exact", FORMS)):
             if value not in choices:
                 raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
         if proxy == "nivmf" and metric in ("cosine", "l2"):
             raise UserError(f"metric {metric} knows no concentration, so proxy nivmf makes no sense: use proxy vmf.")
-        if proxy == "vmf" and normalizer == "released":
-            raise UserError("normalizer released belongs to proxy nivmf: for vMF proxies, leave it at exact.")
+        if proxy == "vmf" and form == "released":
+            raise UserError("form released belongs to proxy nivmf: vMF proxies have one form, leave it out.")
         for name, value, least in (("num_classes", num_classes, 1), ("dim", dim, 2), ("samples", samples, 1),
-                                   ("temperature", temperature, 1e-6),
+                                   ("temperature", temperature, MIN_TEMPERATURE),
                                    ("concentration_init", concentration_init, MIN_CONCENTRATION)):
             if not least <= value < math.inf:
                 raise UserError(f"{name} must be at least {least}, not {value}.")
-        self.metric, self.normalizer, self.samples = metric, normalizer, samples
-        self.proxy_length = concentration_init if metric == "l2" else 1.0
-        self.proxies = nn.Parameter(self.proxy_length * F.normalize(torch.randn(num_classes, dim)))
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.metric, self.samples, self.length = metric, samples, float(concentration_init)
+        self.form = "exact" if proxy == "vmf" else form or DEFAULT_FORM
+        self.proxies = nn.Parameter(self.length * F.normalize(torch.randn(num_classes, dim)))
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
         self.concentrations = None
-        if metric not in ("cosine", "l2"):
-            shape = (num_classes, dim if proxy == "nivmf" else 1)
-            self.concentrations = nn.Parameter(torch.full(shape, float(concentration_init)))
+        if metric != "cosine":
+            first = self.length * (math.sqrt(2 * dim / (num_classes + dim)) if metric == "l2" else 1)
+            self.concentrations = nn.Parameter(torch.full((num_classes, dim if proxy == "nivmf" else 1), first))
 
     @common.full_precision
     def similarity(self, embeddings, generator=None):
         """Similarity of the embeddings (B, D) and every class: (B, C)."""
         if embeddings.dim() != 2 or embeddings.shape[1] != self.proxies.shape[1]:
             raise UserError(f"The embeddings must be (B, {self.proxies.shape[1]}), not {tuple(embeddings.shape)}.")
+        # Moved back to the floor where an update took them below. A clamp inside the graph would hold them there for
+        # good: below the floor there is no gradient.
+        self.temperature.data.clamp_(min=MIN_TEMPERATURE)
         if self.concentrations is not None:
-            # Moved back to the floor where an update took it below. A clamp inside the graph would hold it there for
-            # good: below the floor there is no gradient.
             self.concentrations.data.clamp_(min=MIN_CONCENTRATION)
-        similarity = SIMILARITIES[self.metric]
-        return similarity(embeddings, self.proxies, self.concentrations, self.samples, self.normalizer, generator)
+        proxies = self.proxies if self.metric != "l2" else self.concentrations * unit_vectors(self.proxies)
+        return SIMILARITIES[self.metric](embeddings, proxies, self.concentrations, self.samples, self.form, generator,
+                                         self.temperature)
 
     def forward(self, embeddings, labels, generator=None):
         """Loss of embeddings (B, D) with labels (B,) in 0 .. C-1, mean over the batch: a scalar."""
         if labels.shape != embeddings.shape[:1]:
             raise UserError(f"{tuple(embeddings.shape)} embeddings need one label each, not {tuple(labels.shape)}.")
-        return F.cross_entropy(self.similarity(embeddings, generator) / self.log_temperature.exp(), labels)
+        return F.cross_entropy(self.similarity(embeddings, generator) / self.temperature, labels)
 
     @torch.no_grad()
     def warm_start(self, embeddings, labels):
-        """Turn every proxy to the mean direction of its class's embeddings; a class without any keeps its own."""
+        """Turn every proxy to the mean embedding (N, D) of its class, labels (N,); a class without any keeps its own."""
         if labels.shape != embeddings.shape[:1] or embeddings.shape[1:] != self.proxies.shape[1:]:
             raise UserError(f"warm_start takes embeddings (N, {self.proxies.shape[1]}) and labels (N,), not "
                             f"{tuple(embeddings.shape)} and {tuple(labels.shape)}.")
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.proxies):
             raise UserError(f"Labels must lie in 0 .. {len(self.proxies) - 1}, not {labels.min()} .. {labels.max()}.")
-        sums = torch.zeros_like(self.proxies).index_add_(0, labels, F.normalize(embeddings.to(self.proxies)))
+        sums = torch.zeros_like(self.proxies).index_add_(0, labels, embeddings.to(self.proxies))
         seen = labels.unique()
-        self.proxies[seen] = self.proxy_length * unit_vectors(sums[seen])
+        self.proxies[seen] = self.length * unit_vectors(sums[seen])
 
     @torch.no_grad()
     def statistics(self, embeddings):
         """What the method is about, for the log: mean and spread of the embeddings' norms, temperature, and if there
-        are any, mean concentration and anisotropy (coefficient of variation within a class, mean over the classes)."""
+        are any, mean concentration (l2: length) and anisotropy (coefficient of variation within a class, mean over the
+        classes)."""
         norm = embeddings.norm(dim=1)
         values = {"norm_mean": norm.mean(), "norm_std": norm.std(correction=0),
-                  "temperature": self.log_temperature.exp()}
+                  "temperature": self.temperature.clamp(min=MIN_TEMPERATURE)}
         if self.concentrations is not None:
             K = self.concentrations.clamp(min=MIN_CONCENTRATION)
-            values |= {"concentration": K.mean(), "anisotropy": (K.std(1, correction=0) / K.mean(1)).mean()}
+            values["concentration"] = K.mean()
+            if K.shape[1] > 1:
+                values["anisotropy"] = (K.std(1, correction=0) / K.mean(1)).mean()
         return {name: float(value) for name, value in values.items()}
 
 
@@ -419,7 +440,7 @@ class Criterion(nn.Module):
     def __init__(self, proxies, guidance_weight=0.0, proxy_lr=1.0, concentration_lr=1.0, temperature_lr=1.0):
         super().__init__()
         self.proxies, self.guidance_weight = proxies, guidance_weight
-        self.multiples = {"proxies": proxy_lr, "concentrations": concentration_lr, "log_temperature": temperature_lr}
+        self.multiples = {"proxies": proxy_lr, "concentrations": concentration_lr, "temperature": temperature_lr}
         self.anchor = nir.ProxyAnchor(*proxies.proxies.shape)
         self.anchor.proxies = proxies.proxies
 
@@ -438,19 +459,21 @@ class Criterion(nn.Module):
 
 
 def setup(criterion, network, train_split, args, device):
-    """Before the first epoch: embeddings of a useful norm, since the norm is a concentration; proxies at class means."""
+    """Before the first epoch: embeddings of a useful norm, since the norm is a concentration; proxies at the class means,
+    where the authors had them there."""
     with torch.no_grad():
-        for parameter in network.embedding.parameters():
-            parameter.mul_(args.norm_multiplier)
-    embeddings = common.embed(network, train_split, args, device, "warm start: images")
-    criterion.proxies.warm_start(embeddings, train_split.labels.to(device))
+        network.embedding.weight.mul_(args.norm_multiplier)
+    if criterion.proxies.metric in ("elk", "bhattacharyya", "kl"):
+        embeddings = common.embed(network, train_split, args, device, "warm start: images")
+        criterion.proxies.warm_start(embeddings, train_split.labels.to(device))
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
-# The *_lr are multiples of --lr; norm_multiplier scales the embedding layer's first weights. The released code learns T
-# itself, this one log T.
+# The *_lr are multiples of --lr. Adam moves a number by about its rate: T, from 0.003, by 0.002 a step in the papers'
+# runs; a proxy of length 18 in 512 dimensions turns by 3.6 degrees. norm_multiplier scales the embedding layer's first weights.
 
-PAPER = dict(lr=1e-5, lr_gamma=0.1, warmup=1, proxy_lr=5000, concentration_lr=20000, temperature=0.003,
+DEFAULT_FORM = "exact"
+PAPER = dict(batch_size=64, lr=1e-5, lr_gamma=0.1, warmup=0, proxy_lr=5000, concentration_lr=20000, temperature=0.003,
              temperature_lr=200, samples=5)
 PRESETS = {  # (data set, D) -> EL-nivMF's settings where they differ from PAPER
     ("cub200", 128): dict(epochs=250, lr_steps=[25, 50], lr_gamma=0.3, concentration_init=6, norm_multiplier=30),
@@ -462,23 +485,27 @@ PRESETS = {  # (data set, D) -> EL-nivMF's settings where they differ from PAPER
 ABLATION = dict(epochs=50, lr_steps=[], batch_size=106, concentration_lr=50000, concentration_init=10,
                 norm_multiplier=150, temperature=1.0, temperature_lr=500, samples=10)
 ABLATIONS = {  # metric -> settings of the other cells of the ablation (CUB, D = 512) where they differ from ABLATION
-    "elk/nivmf": dict(concentration_init=50), "loglik": dict(temperature=1 / 32), "cosine": dict(temperature=1 / 256),
-    "l2": dict(concentration_init=200)}                      # elk/nivmf is for reference: alone, elk takes PRESETS
+    "elk/nivmf": dict(concentration_init=50), "loglik": dict(temperature=1 / 32, norm_multiplier=1),
+    "cosine": dict(temperature=1 / 256, norm_multiplier=1),
+    "l2": dict(concentration_init=200, norm_multiplier=1)}   # elk/nivmf is for reference: alone, elk takes PRESETS
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs. T, concentration_init and
 # norm_multiplier were chosen for each cell on validation classes: README.md.
-SCRATCH = dict(lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, concentration_lr=200,
-               concentration_init=10, norm_multiplier=40, temperature=0.1, temperature_lr=10, samples=200)
+SCRATCH = dict(batch_size=90, lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=100,
+               concentration_lr=200, concentration_init=10, norm_multiplier=40, temperature=0.1, temperature_lr=1, samples=200)
 SCRATCHES = {  # (metric, proxy) -> what differs from SCRATCH
     ("kl", "nivmf"): dict(norm_multiplier=10),
-    ("loglik", "nivmf"): dict(temperature=0.3, concentration_init=30, concentration_lr=600, norm_multiplier=10),
-    ("loglik", "vmf"): dict(temperature=1.0, norm_multiplier=10),
-    ("cosine", "vmf"): dict(temperature=1 / 8, norm_multiplier=10),
-    ("l2", "vmf"): dict(temperature=5.0, concentration_init=15, norm_multiplier=3),
+    ("loglik", "nivmf"): dict(temperature=0.3, temperature_lr=3, concentration_init=30, concentration_lr=600, proxy_lr=300,
+                              norm_multiplier=10),
+    ("loglik", "vmf"): dict(temperature=1.0, temperature_lr=10, norm_multiplier=10),
+    ("cosine", "vmf"): dict(temperature=1 / 8, temperature_lr=1.25, norm_multiplier=10),
+    ("l2", "vmf"): dict(temperature=5.0, temperature_lr=50, concentration_init=17, concentration_lr=50, proxy_lr=10,
+                        norm_multiplier=3),
 }
 
 
 def preset(args):
     proxy = args.proxy or ("vmf" if args.metric in ("cosine", "l2") else "nivmf")
+    form = args.form or (DEFAULT_FORM if proxy == "nivmf" else "exact")
     dim = 512 if args.embed_dim > 128 else 128             # what is not listed takes the nearest listed row's settings
     if args.weights == "none":
         settings = {**SCRATCH, **SCRATCHES.get((args.metric, proxy), {})}
@@ -486,9 +513,7 @@ def preset(args):
         settings = {**PAPER, **PRESETS.get((args.dataset, dim), PRESETS["cub200", dim])}
     else:
         settings = {**PAPER, **ABLATION, **ABLATIONS.get(args.metric, {})}
-        if args.dataset != "cub200":
-            del settings["batch_size"]                     # the ablation's is CUB's, and may be too large elsewhere
-    return {**settings, "proxy": proxy}
+    return {**settings, "proxy": proxy, "form": form}
 
 
 def main(argv=None):
@@ -503,13 +528,13 @@ def main(argv=None):
     add("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
     add("--proxy", choices=("nivmf", "vmf"),
         help="default: nivmf, for cosine and l2, which know no concentration, vmf")
-    add("--normalizer", choices=NORMALIZERS, default="exact", help="of the nivMF density (default: exact)")
+    add("--form", choices=FORMS, help=f"of nivMF proxies; released: the authors' formulas (default: {DEFAULT_FORM})")
     add("--guidance_weight", type=common.not_negative(float), default=0.0,
         help="weight g of ProxyAnchor (default: 0; released: CUB 3 and 5 for D = 128 and 512, Cars 0.3 and 0.1)")
     number = common.positive(float)
     for name, what in (("proxy_lr", "multiple of --lr for the proxies"), ("concentration_lr", "... concentrations"),
-                       ("temperature_lr", "... log temperature"), ("temperature", "T's first value"),
-                       ("concentration_init", "first concentrations; l2: the proxies' first length"),
+                       ("temperature_lr", "... temperature"), ("temperature", "T's first value"),
+                       ("concentration_init", "first concentrations and length of proxies"),
                        ("norm_multiplier", "scales the first embeddings, whose norms are concentrations")):
         add(f"--{name}", type=number, help=f"{what} (default: by preset)")
     add("--samples", type=common.positive(int), help="S, Monte-Carlo samples per image (default: by preset)")
@@ -520,11 +545,12 @@ def main(argv=None):
         return
 
     def criterion(num_classes):
-        proxies = ProbabilisticProxies(num_classes, args.embed_dim, args.metric, args.proxy, args.normalizer,
+        proxies = ProbabilisticProxies(num_classes, args.embed_dim, args.metric, args.proxy, args.form,
                                        args.samples, args.temperature, args.concentration_init)
         return Criterion(proxies, args.guidance_weight, args.proxy_lr, args.concentration_lr, args.temperature_lr)
+    form = f"-{args.form}" if args.proxy == "nivmf" else ""
     guidance = f"-g{args.guidance_weight:g}" if args.guidance_weight else ""
-    common.train(args, criterion, f"{args.dataset}-{args.metric}-{args.proxy}{guidance}-seed{args.seed}", setup)
+    common.train(args, criterion, f"{args.dataset}-{args.metric}-{args.proxy}{form}{guidance}-seed{args.seed}", setup)
 
 
 if __name__ == "__main__":

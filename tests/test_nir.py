@@ -1,4 +1,5 @@
 """The proxy losses against slow references written from the formulas; the flow against autograd and its integral."""
+import argparse
 import math
 
 import pytest
@@ -275,18 +276,27 @@ def settings(monkeypatch, *argv):
     return caught
 
 
-def test_presets_are_the_papers(monkeypatch):
+PAPER = dict(batch_size=90, lr=1e-5, lr_steps=[], warmup=1, proxy_lr=4000, flow_lr=50, nir_form="exp", nir_weight=1.0)
+
+
+@pytest.mark.parametrize("dataset, nir_weight, expected", [
+    ("cub200", None, dict(epochs=100, proxy_weight=0.0075)),
+    ("cars196", None, dict(epochs=100, proxy_weight=0.01)),
+    ("sop", None, dict(epochs=300, proxy_weight=0.3, lr_steps=[140, 230], lr_gamma=0.2, warmup=5, flow_lr=1)),
+    ("cub200", 0, dict(epochs=100, proxy_weight=1.0, proxy_lr=2000, warmup=0)),
+    ("sop", 0, dict(epochs=300, proxy_weight=1.0, lr_steps=[140, 230], lr_gamma=0.2, proxy_lr=2000, warmup=0, flow_lr=1))])
+def test_presets_are_the_released_settings_field_by_field(dataset, nir_weight, expected):
+    for dim in (128, 512):
+        args = argparse.Namespace(dataset=dataset, arch="resnet50", weights="imagenet", embed_dim=dim, nir_weight=nir_weight)
+        given = nir.preset(args)
+        wanted = {**PAPER, "lr_gamma": given["lr_gamma"], **expected}                  # the cut means nothing without steps
+        assert given == wanted
+
+
+def test_a_papers_run_has_the_papers_network_and_optimiser(monkeypatch):
     cub = settings(monkeypatch, "--dataset", "cub200", "--embed_dim", "512")
-    assert (cub["arch"], cub["weights"], cub["image_size"], cub["lr"], cub["weight_decay"], cub["epochs"]) == (
-        "resnet50", "imagenet", 224, 1e-5, 4e-4, 100)
-    assert (cub["nir_form"], cub["nir_weight"], cub["proxy_weight"], cub["proxy_lr"], cub["flow_lr"]) == (
-        "exp", 1.0, 0.0075, 4000, 50)
-    sop = settings(monkeypatch, "--dataset", "sop")
-    assert (sop["epochs"], sop["lr_steps"], sop["lr_gamma"], sop["warmup"], sop["flow_lr"]) == (300, [140, 230], 0.2, 5, 1)
-    cars = settings(monkeypatch, "--dataset", "cars196", "--embed_dim", "512")
-    assert (cars["lr_steps"], cars["lr_gamma"], cars["proxy_weight"]) == ([34], 0.25, 0.01)
-    baseline = settings(monkeypatch, "--dataset", "cub200", "--nir_weight", "0")
-    assert (baseline["proxy_lr"], baseline["proxy_weight"], baseline["nir_weight"]) == (2000, 1.0, 0)
+    assert (cub["arch"], cub["weights"], cub["image_size"], cub["augment"], cub["weight_decay"], cub["usual_batch_size"]) == (
+        "resnet50", "imagenet", 224, "photo", 4e-4, 90)
 
 
 def test_the_command_line_beats_the_preset(monkeypatch):
