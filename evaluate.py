@@ -1,15 +1,18 @@
 """How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
 
 In reading order: retrieval (Recall@k, mAP@k, MAP@R), clustering (NMI, F1), structure (uniformity, spectral decay,
-density, variance of concentrations), uncertainty (what the norm knows), the table, the pictures. Everything is exact,
-needs no pairwise matrix in memory at once (Stanford Online Products' 60,502 test images fit beside 2 GiB), and runs
-where the embeddings are.
+density, variance of concentrations), uncertainty (what the norm knows), the table, the pictures, the comparison of
+finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford Online
+Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
+    python evaluate.py --compare runs/A-seed* runs/B-seed* --baseline runs/A-seed0 --out comparison.md
 """
 import argparse
+import csv
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -17,7 +20,6 @@ import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torchvision.utils import make_grid, save_image
 
 import data
@@ -128,7 +130,7 @@ def mean_average_precisions(embeddings, labels, ks):
 def mean_average_precision(embeddings, labels, k=1000):
     """mAP@k in [0, 1] by cosine: the precision at each relative within the k nearest, summed, over min(R, k).
 
-    R is the query's number of relatives. Ties, queries without relatives and errors as in `recall_at_k`.
+    R is the query's number of relatives. (The authors' mAP@1000 divides by the class's size with the query in it.) Ties, queries without relatives and errors as in `recall_at_k`.
     """
     return mean_average_precisions(embeddings, labels, [k])[0]
 
@@ -217,8 +219,9 @@ def spectral_decay(embeddings):
     "Revisiting Training Strategies and Generalization Performance in Deep Metric Learning"). A singular value below
     float32's resolution of the largest (1.2e-7) counts as that much, so that an unused direction costs a finite sum.
     """
-    # Not from the (D, D) Gram matrix: its eigenvalues are squares, and the small singular values weigh most here.
-    values = torch.linalg.svdvals(check(embeddings).double())
+    # Those of the (D, D) factor R of QR, which is small. Not from the Gram matrix: its eigenvalues are squares, and the
+    # small singular values weigh most here.
+    values = torch.linalg.svdvals(torch.linalg.qr(check(embeddings).double(), mode="r").R)
     values = values.clamp(min=max(values[0].item() * torch.finfo(torch.float32).eps, 1e-300))
     return max(0.0, -math.log(len(values)) - (values / values.sum()).log().mean().item())
 
@@ -298,13 +301,21 @@ def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
 
 # ---------------------------------------------------------------------------------------------------------- table
 
+def style(name, size=1.0):
+    """(factor, format, unit) of a metric: fractions in percent, the rest, and gradient shares below 0.1 %, as it is."""
+    if not name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_")) and \
+            name not in ("nmi", "f1"):
+        return 1, ".4g", ""
+    return (1, ".2g", "") if name.startswith("grad_share_") and abs(size) < 1e-3 else (100, ".1f", " %")
+
+
 def table(columns):
     """Plain text of {title: metrics}: a row per metric, fractions in percent, "-" where a column lacks the metric."""
     def cell(name, metrics):
         if name not in metrics:
             return "-"
-        fraction = name.startswith(("recall@", "map@")) or name in ("nmi", "f1")
-        return f"{100 * metrics[name]:.1f} %" if fraction else f"{metrics[name]:.4g}"
+        factor, digits, unit = style(name, metrics[name])
+        return f"{factor * metrics[name]:{digits}}{unit}"
 
     return aligned(columns, cell)
 
@@ -378,42 +389,127 @@ def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
     save_image(torch.cat([left, torch.ones(3, left.shape[1], 6 * BORDER), right], dim=2), path)
 
 
-VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]
+# ----------------------------------------------------------------------------------------------------- comparison
+
+HEADLINE = ("recall@1", "map@r", "nmi")
+# Runs are grouped by all of args.json but these, which do not change what is computed or are the repetition itself.
+CIRCUMSTANCES = ("seed", "out", "resume", "device", "workers", "data_root", "command", "torch", "commit")
 
 
-def save_distributions(path, size=200):
-    """A picture file. Two spheres with the densities of a vMF and a nivMF, then for every similarity of `prob_dml` the
-    plane of embeddings, the origin in the middle: how similar an embedding there is to the vMF proxy at the cross. An
-    embedding's angle to the proxy and its norm can be read off. Bands are contour lines, yellow is most."""
-    import prob_dml
-    axis = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(-axis, axis, indexing="ij")
-    sphere = torch.stack([x, y, (1 - x ** 2 - y ** 2).clamp(min=0).sqrt()], dim=2)       # (size, size, 3), the near half
-    mu = F.normalize(torch.tensor([[0.1, 0.2, 0.97]]))
-    values = {"vMF": prob_dml.vmf_log_prob(sphere, mu[0], torch.tensor(15.0)).exp(),
-              "nivMF": prob_dml.nivmf_log_prob(sphere, mu, torch.tensor([[5.0, 15.0, 10.0]]))[..., 0].exp()}
-    embeddings, proxy = 30 * torch.stack([x, y], dim=2).view(-1, 2), torch.tensor([[15.0, 0.0]])
-    for name, similarity in prob_dml.SIMILARITIES.items():
-        values[name] = similarity(embeddings, proxy, torch.tensor([[15.0]]), 1, "exact", None).view(size, size)
-    tiles = []
-    for name, value in values.items():
-        on_sphere = name.endswith("MF")
-        level = (value - value.min()) / (value.max() - value.min())
-        if not on_sphere:
-            level = 1 - (1 - level).sqrt()             # a distance: cosine's bands are equal angles, l2's equal lengths
-        band = level.mul(16).floor().div(16).numpy() * (len(VIRIDIS) - 1)
-        tile = np.stack([np.interp(band, range(len(VIRIDIS)), channel) for channel in zip(*VIRIDIS)])   # (3, size, size)
-        tile[:, (x ** 2 + y ** 2 > 1).numpy() & on_sphere] = 255
-        if not on_sphere:
-            row, column = size // 2, size * 3 // 4                                                     # where the proxy is
-            tile[:, row - 3:row + 4, column] = tile[:, row, column - 3:column + 4] = 255
-        tile = Image.fromarray(tile.astype(np.uint8).transpose(1, 2, 0))
-        captioned = Image.new("RGB", (size, size + 20), "white")
-        captioned.paste(tile, (0, 20))
-        ImageDraw.Draw(captioned).text((size // 2, 10), name, fill="black", anchor="mm")
-        tiles.append(torch.from_numpy(np.array(captioned).transpose(2, 0, 1)) / 255)
-    with data.clear_errors(f"writing {path}", "give another file with --picture"):
-        save_image(make_grid(tiles, nrow=4, padding=8, pad_value=1), path, format="png")
+def read_run(folder):
+    """A finished run as {"folder", "args", "kind", "settings", "numbers"}; UserError says why it is none.
+
+    `numbers` are results.json's of the last epoch, log.csv's last row, and all its rows as COLUMN@EPOCH. Of equal names
+    the first counts: recall@1 and test_recall@1 are whole names.
+    """
+    file, log, last = "args.json", [], {}
+    try:
+        args = {"seed": 0, "val_fraction": 0.0, **json.loads((folder / file).read_text())}
+        args["seed"], epochs, file = int(args["seed"]), max(1, int(args["epochs"])), "log.csv"
+        log = [{name: float(value) for name, value in row.items()}
+               for row in csv.DictReader((folder / file).read_text().splitlines())]
+        numbers, file = {f"{name}@{row['epoch']:.0f}": row[name] for row in log for name in row}, "results.json"
+        last = {name: float(value) for name, value in json.loads((folder / file).read_text())["last"].items()}
+    except (FileNotFoundError, NotADirectoryError):
+        if file == "args.json":
+            raise UserError("missing: no " + ("args.json" if folder.is_dir() else "such folder")) from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, csv.Error) as error:
+        raise UserError(f"broken: {file}, {type(error).__name__}: {error}") from None
+    if not last or len(log) < epochs:
+        raise UserError(f"unfinished: {len(log)} of {epochs} epochs" + (", no results" if len(log) >= epochs else ""))
+    settings = {key: value for key, value in args.items() if key not in CIRCUMSTANCES and value is not None}
+    return {"folder": folder, "args": args, "settings": json.dumps(settings, sort_keys=True),
+            "kind": f"{args.get('dataset')}, {epochs} epochs, val_fraction {args['val_fraction']}",
+            "numbers": {**numbers, **log[-1], **last}}
+
+
+def group_names(groups):
+    """For each list of runs the name of its first folder without the seed; where two lists would be called the same,
+    also the settings in which they differ."""
+    short, names = [], []
+    for run, *_ in groups:
+        seed = rf"[-_/](s(eed)?[-_]?)?{run['args']['seed']}(-\d+)?$"           # as in NAME-seed0, NAME-seed0-2, NAME/0
+        short.append(Path(re.sub(seed, "", str(run["folder"].absolute()))).name)
+    settings = [json.loads(runs[0]["settings"]) for runs in groups]
+    for name, own in zip(short, settings):
+        rivals = [other for n, other in zip(short, settings) if n == name]
+        differ = [key for key in sorted(set().union(*rivals)) if any(r.get(key) != own.get(key) for r in rivals)]
+        names.append(" ".join([name, *(f"{key}={own.get(key)}" for key in differ)]))
+    return names
+
+
+def spread(name, values, paired=False):
+    """Text "mean ± sample deviation" of a metric's values, or of paired differences "mean [low, high]", Student's 95 %
+    interval. A value that is missing is nan; then the number of the others is told, too."""
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 1 + paired:
+        return "-"
+    factor, digits, unit = style(name, np.mean(known))
+    mean, text = factor * np.mean(known), ""
+    if len(known) > 1:
+        deviation = factor * np.std(known, ddof=1)
+        half = scipy.stats.t.ppf(0.975, len(known) - 1) * deviation / math.sqrt(len(known))
+        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {deviation:{digits}}"
+    return f"{mean:{'+' * paired}{digits}}{text}{unit}" + (f" (n = {len(known)})" if len(known) < len(values) else "")
+
+
+def compare(folders, baseline=None, metrics=HEADLINE):
+    """Markdown: commands, a table with a row for each group of runs that differ by seed alone, and what was left out.
+
+    `metrics` are names as in `read_run`. `baseline`, any run of a group, adds the first metric's differences to that
+    group, paired by seed. UserError if it is no finished run, if no run has a metric, or if no run is left.
+    """
+    runs, left_out, groups = [], [], {}
+    for folder in dict.fromkeys(map(Path, folders)):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out.append(f"{folder} ({error})")
+    if baseline:
+        try:
+            reference = read_run(Path(baseline))
+        except UserError as error:
+            raise UserError(f"--baseline {baseline} is no finished run ({error}): give one that is") from None
+        if reference["settings"] not in [run["settings"] for run in runs]:
+            runs.insert(0, reference)
+    kinds = [run["kind"] for run in runs]
+    usual = reference["kind"] if baseline else max(kinds, key=kinds.count, default=None)
+    for run in runs:
+        group, seed = groups.get(run["settings"], {}), run["args"]["seed"]
+        if run["kind"] != usual:
+            left_out.append(f"{run['folder']} (unlike: {run['kind']}; not {usual})")
+        elif seed in group:
+            left_out.append(f"{run['folder']} (same seed as {group[seed]['folder']})")
+        else:
+            groups[run["settings"]] = {**group, seed: run}
+    runs = [run for group in groups.values() for run in group.values()]
+    if not runs:
+        raise UserError(f"no finished run to compare: {'; '.join(left_out)}")
+    there = {name: name.rpartition("@")[0] for run in runs for name in run["numbers"]}
+    if unknown := [name for name in metrics if name not in there]:
+        raise UserError(f"no run has the metric {', '.join(unknown)}: there is " + ", ".join(
+            name for name, column in there.items() if column not in there) + " and log.csv's COLUMN@EPOCH")
+
+    names = dict(zip(groups, group_names([list(group.values()) for group in groups.values()])))
+    lines, rows, first = [], [["", "n", *metrics]], metrics[0]
+    if baseline:
+        base = {seed: run["numbers"] for seed, run in groups[reference["settings"]].items()}
+        rows[0].append(f"{first} minus {names[reference['settings']]} [95 %]")
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    for settings, group in groups.items():
+        command = re.sub(r"(seed[ =-]?)\d+", r"\1N", str(next(iter(group.values()))["args"].get("command", "")))
+        lines.append(f"- {names[settings]}, seed {', '.join(map(str, group))}: " +
+                     (f"`{command}`" if command else "command not recorded"))
+        numbers = {seed: run["numbers"] for seed, run in group.items()}
+        rows.append([names[settings], str(len(group)),
+                     *(spread(name, [n.get(name, math.nan) for n in numbers.values()]) for name in metrics)])
+        if baseline:
+            pairs = [n.get(first, math.nan) - base.get(seed, {}).get(first, math.nan) for seed, n in numbers.items()]
+            rows[-1].append("-" if settings == reference["settings"] else spread(first, pairs, paired=True))
+    for key in ("torch", "commit"):
+        lines.append(f"- {key}: {', '.join(dict.fromkeys(str(run['args'].get(key, 'unknown')) for run in runs))}")
+    lines += ["", *(f"| {' | '.join(row)} |" for row in rows), *([""] if left_out else [])]
+    return "\n".join(lines + [f"- left out: {reason}" for reason in left_out]) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -421,20 +517,37 @@ def save_distributions(path, size=200):
 def main(argv=None):
     import common                                  # here, not above: common's training loop uses this file's metrics
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run; its settings are used")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", help="best.pt or last.pt of a run; its settings are used")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="folders of finished runs: a table over their seeds")
     p.add_argument("--data_root", help="where the data set is now (default: where it was)")
     p.add_argument("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
     p.add_argument("--retrieval", choices=("cosine", "elk"), default="cosine",
                    help="elk: Recall@k by the kernel of the embeddings' vMF distributions beside it (default: cosine)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--workers", type=int, help="processes that load images (default: as in the run)")
+    add = p.add_argument_group("with --compare").add_argument
+    add("--baseline", metavar="RUN", help="a run of the group to which the others' differences are shown")
+    add("--metrics", nargs="+", metavar="NAME", help="of results.json, or of log.csv: grad_share_nir (last epoch), "
+        f"grad_share_nir@1 (first), ...; differences are those of the first (default: {' '.join(HEADLINE)})")
+    add("--out", metavar="FILE.md", help="write the table there, too")
     given = p.parse_args(argv)
+    if given.checkpoint and (given.baseline or given.metrics or given.out):
+        p.error("--baseline, --metrics and --out belong to --compare")
+    if given.compare:
+        text = compare(given.compare, given.baseline, given.metrics or HEADLINE)
+        print(text)
+        if given.out:
+            with data.clear_errors(f"writing {given.out}", "give another file with --out"):
+                Path(given.out).write_text(text, encoding="utf-8")
+            print(f"table written to {given.out}")
+        return
     checkpoint = common.load_checkpoint(given.checkpoint, "--checkpoint")
     changed = {key: value for key, value in vars(given).items() if value is not None}
     args = argparse.Namespace(**{**checkpoint["args"], **changed})
     device, folder = common.make_device(args.device), Path(given.checkpoint).parent
     test = common.load_splits(args)[2]
-    embeddings = common.embed(common.build_network(args, checkpoint).to(device), test, args, device)
+    embeddings = common.embed(common.build_network(args, checkpoint, device), test, args, device)
     ks = usual_ks(args.dataset)
     certainty, curve = uncertainty(embeddings, test.labels, test.ambiguity)
     metrics = {"epoch": checkpoint["epoch"], **all_metrics(embeddings, test.labels, ks), **certainty}
@@ -450,10 +563,9 @@ def main(argv=None):
     rows = [dict(zip(("rejected", "error"), row)) for row in curve]
     common.save_file(folder / "rejection.csv", common.csv_text(rows))
     if given.pictures:
-        def image(i):                              # as the network sees it, in the colours before normalisation
-            return (shown[i][0] * std + mean).clamp(0, 1)
+        def image(i):                              # as the network sees it
+            return shown[i][0] / 255
         shown = data.Images(test, data.test_transform(args.image_size, args.augment))
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.NORMALIZE.mean, data.NORMALIZE.std))
         save_retrieval(folder / "retrieval.png", image, embeddings, test.labels)
         save_norm_extremes(folder / "norms.png", image, embeddings, test.labels)
         print(f"pictures: {folder / 'retrieval.png'} (query, then its nearest; green right, red wrong), "

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import evaluate
 import nir
 from data import UserError
 
@@ -538,11 +537,7 @@ def main(argv=None):
                        ("norm_multiplier", "scales the first embeddings, whose norms are concentrations")):
         add(f"--{name}", type=number, help=f"{what} (default: by preset)")
     add("--samples", type=common.positive(int), help="S, Monte-Carlo samples per image (default: by preset)")
-    add("--picture", metavar="FILE", help="draw the distributions and similarities as a PNG file, and stop")
     args = common.parse(p, preset, argv)
-    if args.picture:
-        evaluate.save_distributions(args.picture)
-        return
 
     def criterion(num_classes):
         proxies = ProbabilisticProxies(num_classes, args.embed_dim, args.metric, args.proxy, args.form,

@@ -163,7 +163,7 @@ def loop_prob(module, embeddings, labels):
             z = prob_dml.sample_vmf(mu1, k1[None], module.samples)
             log_p = prob_dml.vmf_log_prob(z[:, 0], mu1, k1)                                                     # (S,)
             similarity = (r * log_q(z) + (r - 1) * log_p[:, None]).logsumexp(0) - math.log(module.samples)
-        losses.append(F.cross_entropy(similarity / module.log_temperature.exp(), label))
+        losses.append(F.cross_entropy(similarity / module.temperature, label))
     return torch.stack(losses).mean()
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import data
+import evaluate
 import nir
 import prob_dml
 from data import UserError
@@ -141,6 +143,118 @@ def test_weights_that_do_not_fit_are_named(tmp_path, make, message):
     make(path)
     with pytest.raises(UserError, match=f"--weights .*weights.pth {message}"):
         common.load_weights(common.Network("resnet50", 4), str(path))
+
+
+def test_uint8_images_are_normalised_with_the_backbones_statistics_and_float_ones_are_not(monkeypatch):
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    pixels = images.float() / 255
+    imagenet = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for statistics, expected in (((), (pixels - imagenet[0]) / imagenet[1]), (((0.5,) * 3, (0.25,) * 3), (pixels - 0.5) / 0.25),
+                                 ((None, None), images.float())):
+        monkeypatch.setitem(common.BACKBONES, "own", lambda image_size: (Mean(), 3, *statistics))
+        network = common.Network("own", 4)
+        torch.testing.assert_close(network(images), network.embedding(expected.mean((2, 3))))
+        torch.testing.assert_close(network(pixels), network.embedding(pixels.mean((2, 3))))
+        assert set(network.state_dict()) == {"embedding.weight", "embedding.bias"}
+
+
+def test_ones_own_backbone_trains_from_its_weights_and_is_offered(photos, tmp_path, monkeypatch, capsys):
+    def own(image_size):
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 6, 5, stride=4), torch.nn.BatchNorm2d(6), torch.nn.AdaptiveAvgPool2d(1)), 6
+    monkeypatch.setitem(common.BACKBONES, "own", own)
+    weights = own(0)[0].state_dict()
+    torch.save({**weights, "classifier.weight": torch.zeros(3)}, tmp_path / "own.pth")
+    argv = ["--dataset", "folder", "--data_root", str(photos), "--arch", "own", "--weights", str(tmp_path / "own.pth"), "--device",
+            "cpu", "--workers", "0", "--epochs", "1", "--warmup", "1", "--out", str(tmp_path / "run")]
+    nir.main(argv)
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert (saved["args"]["image_size"], saved["args"]["augment"], saved["args"]["batch_size"]) == (224, "photo", 8)
+    assert torch.equal(saved["network"]["backbone.0.weight"], weights["0.weight"])
+    with pytest.raises(SystemExit):
+        nir.main(["--arch", "other"])
+    assert "own" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(UserError, match="--arch other is not known here: choose .*own"):
+        common.Network("other", 4)
+
+
+# ------------------------------------------------------------------------------------------------------ precision
+
+def test_bfloat16_is_the_backbones_alone_and_trains_on_a_cpu(photos, tmp_path):
+    seen = set()
+
+    def hook(module, inputs, output):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            seen.add((type(module).__name__, output.dtype))
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        for main, name in ((nir.main, "nir"), (prob_dml.main, "elk")):
+            for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)):
+                seen.clear()
+                saved = train(photos, tmp_path / f"{name}-{precision}", "--epochs", 1, "--precision", precision, main=main)
+                assert seen == {("Conv2d", dtype), ("Linear", torch.float32)}
+                assert all(value.dtype == torch.float32 for value in saved["network"].values() if value.is_floating_point())
+    finally:
+        handle.remove()
+    rows = [json.loads((tmp_path / f"elk-{name}/results.json").read_text())["last"]["recall@1"] for name in ("bfloat16", "float32")]
+    assert rows[0] == pytest.approx(rows[1], abs=0.2)
+
+
+def test_full_precision_reaches_positional_and_keyword_arguments():
+    embeddings, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+    for loss in [kind(3, 8) for kind in nir.LOSSES.values()] + [prob_dml.ProbabilisticProxies(3, 8, "elk", "vmf")]:
+        half = embeddings.bfloat16()
+        expected = loss(half.float(), labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            for actual in (loss(half, labels), loss(embeddings=half, labels=labels)):
+                assert actual.dtype == torch.float32
+                torch.testing.assert_close(actual, expected)
+
+
+def on(device, module):
+    """The module's own tensors on another device; `Module.to` does not know fake ones."""
+    for part in module.modules():
+        part._buffers.update({name: value.to(device) for name, value in part._buffers.items() if value is not None})
+        part._parameters.update({name: torch.nn.Parameter(value.to(device)) for name, value in part._parameters.items()
+                                 if value is not None})
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_network_and_every_loss_stay_on_a_pretended_gpu(monkeypatch):
+    """Fake tensors have a device and a shape, but no values: a CPU tensor among those of a GPU is an error here too."""
+    monkeypatch.setattr(prob_dml, "sample_angle", lambda kappa, D, generator: torch.ones_like(kappa))   # loops by values
+    cells = [(metric, "vmf", None) for metric in prob_dml.SIMILARITIES]
+    cells += [(metric, "nivmf", form) for metric in ("elk", "bhattacharyya", "kl", "loglik") for form in prob_dml.FORMS]
+    with FakeTensorMode():
+        made = [nir.NIR(loss(5, 8), 8, form=form) for loss in nir.LOSSES.values() for form in ("nll", "exp")]
+        made += [prob_dml.Criterion(prob_dml.ProbabilisticProxies(5, 8, *cell), guidance_weight=1.0) for cell in cells]
+        labels = torch.zeros(4, dtype=torch.long, device="cuda")
+        for arch, criterion in [("resnet50", made[0]), *(("conv4", criterion) for criterion in made)]:
+            network = common.Network(arch, 8, 32)
+            network.precision = "bfloat16"
+            model = on("cuda", common.Model(network, criterion))
+            for dtype in (torch.uint8, torch.float32):
+                images = torch.zeros(4, 3, 32, 32, device="cuda", dtype=dtype)
+                terms, embeddings, _ = model(images, labels)
+                assert all(value.device.type == "cuda" for value in (embeddings, *terms.values()))
+                assert embeddings.dtype == torch.float32 and embeddings.shape == (4, 8)
+        model.criterion.proxies.proxies = torch.nn.Parameter(torch.zeros(5, 8))          # and it would have been noticed
+        with pytest.raises(RuntimeError, match="device"):
+            model(images, labels)
+
+
+def test_a_device_for_all_processes_or_without_float64_is_one_sentence(monkeypatch):
+    def no_float64(*shape, device, dtype):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+    monkeypatch.setattr(torch, "empty", no_float64)
+    with pytest.raises(UserError, match="--device mps has no float64, .* try --device cpu"):
+        common.make_device("mps")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:0 names one device for 2 processes: with torchrun give --device cuda"):
+        common.make_device("cuda:0")
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
@@ -360,6 +474,29 @@ def test_resuming_with_other_settings_names_the_contradiction(trained, argv, mes
 def test_resuming_with_the_other_script_is_refused(trained):
     with pytest.raises(UserError, match="is a run of another script or version"):
         prob_dml.main(["--resume", str(trained / "last.pt")])
+
+
+def test_a_checkpoint_of_before_is_evaluated_and_resuming_it_names_what_changed(photos, tmp_path):
+    """Its settings know no --form and no --precision, its loss holds the logarithm of T."""
+    saved = train(photos, tmp_path / "run", "--epochs", 1, main=prob_dml.main)
+    args = {key: value for key, value in saved["args"].items() if key not in ("form", "precision", "usual_batch_size")}
+    saved["args"] = {**args, "normalizer": "exact"}
+    saved["criterion"]["proxies.log_temperature"] = saved["criterion"].pop("proxies.temperature").log()
+    torch.save(saved, tmp_path / "run/last.pt")
+    with pytest.raises(UserError, match="another script or version, which knows no --form, --precision"):
+        prob_dml.main(["--resume", str(tmp_path / "run/last.pt")])
+    evaluate.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--device", "cpu"])
+    expected = json.loads((tmp_path / "run/results.json").read_text())["last"]["recall@1"]
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["recall@1"] == expected
+
+
+def test_a_run_says_how_it_was_made(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "nir.py"), "--data_root", "my photos"])
+    monkeypatch.chdir(ROOT)
+    train(photos, tmp_path / "run", "--epochs", 1)
+    made = json.loads((tmp_path / "run/args.json").read_text())
+    assert made["command"] == "python nir.py --data_root 'my photos'" and made["torch"] == torch.__version__
+    assert made["commit"] == "unknown" or len(made["commit"]) >= 7
 
 
 def test_resuming_on_other_data_is_refused(trained, photos, tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import warnings
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import evaluate
-import prob_dml
+import pictures
 from data import UserError
 
 
@@ -510,9 +511,7 @@ def test_recall_ranks_by_whatever_similarity_it_is_given():
 
 
 def test_the_picture_of_distributions_shows_what_falls_with_the_norm(tmp_path):
-    prob_dml.main(["--picture", str(tmp_path / "as the command draws it.png")])
-    assert Image.open(tmp_path / "as the command draws it.png").size == (4 * 208 + 8, 2 * 228 + 8)
-    evaluate.save_distributions(tmp_path / "picture", size=41)
+    pictures.save_distributions(tmp_path / "picture", size=41)
     assert (tmp_path / "picture").stat().st_size < 300_000
     picture = (255 * to_tensor(Image.open(tmp_path / "picture"))).round().int()
     assert picture.shape == (3, 2 * (41 + 20 + 8) + 8, 4 * (41 + 8) + 8)
@@ -524,3 +523,197 @@ def test_the_picture_of_distributions_shows_what_falls_with_the_norm(tmp_path):
         behind = torch.stack([brightness[i][20, 20 - d] for d in (1, 4, 8, 12, 16, 20)])
         assert (behind.unique().numel() > 1) == knows_norm                         # in the direction away from the proxy
         assert brightness[i][20, 35] > brightness[i][20, 5]                                # towards it and away from it
+
+
+# ----------------------------------------------------------------------------------------------------- comparison
+
+def finished_run(folder, seed=0, recall=0.5, epochs=3, results=True, rows=None, last=(), **settings):
+    """A run's three files as training leaves them; `rows` epochs of them are done."""
+    args = {"dataset": "toy", "loss": "proxyanchor", "nir_weight": 0.01, "lr_steps": [2], "val_fraction": 0.0,
+            "epochs": epochs, "seed": seed, "out": str(folder), "device": "cpu", "workers": 0, "data_root": "data",
+            "resume": None, "command": f"python nir.py --dataset toy --seed {seed} --epochs {epochs}",
+            "torch": "2.8.0", "commit": "abc1234", **settings}
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(args))
+    log = [f"{epoch},{0.5 / 10 ** epoch},1.5,{recall}" for epoch in range(1, (rows or epochs) + 1)]
+    (folder / "log.csv").write_text("\n".join(["epoch,grad_share_nir,seconds,test_recall@1", *log]) + "\n")
+    if results:
+        metrics = {"epoch": epochs, "recall@1": recall, "map@r": recall / 2, "nmi": 0.25, "uniformity": -3.52481}
+        (folder / "results.json").write_text(json.dumps({"last": {**metrics, **dict(last)}, "best": {"recall@1": 1.0}}))
+    return folder
+
+
+def table_rows(text):
+    """{first cell: the other cells} of a Markdown table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n") if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_group_is_shown_by_mean_and_sample_deviation_over_its_seeds(tmp_path):
+    recalls = [0.50, 0.53, 0.55]
+    runs = [finished_run(tmp_path / f"toy-exp1-seed{seed}", seed, recall) for seed, recall in enumerate(recalls)]
+    runs.append(finished_run(tmp_path / "alone", 7, 0.4, loss="triplet"))
+    rows = table_rows(evaluate.compare(runs, metrics=["recall@1", "map@r", "uniformity", "seconds"]))
+    assert list(rows) == ["", "---", "toy-exp1", "alone"]
+    assert rows[""] == ["n", "recall@1", "map@r", "uniformity", "seconds"]
+    deviation = np.std(recalls, ddof=1)
+    assert rows["toy-exp1"] == ["3", f"{100 * np.mean(recalls):.1f} ± {100 * deviation:.1f} %",
+                                f"{50 * np.mean(recalls):.1f} ± {50 * deviation:.1f} %", "-3.525 ± 0", "1.5 ± 0"]
+    assert rows["alone"] == ["1", "40.0 %", "20.0 %", "-3.525", "1.5"]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_differences_to_the_baseline_are_paired_by_seed_with_students_interval(tmp_path, listed):
+    base, other = [0.50, 0.60, 0.40, 0.9], [0.53, 0.61, 0.45]
+    controls = [finished_run(tmp_path / f"control-{seed}", seed, recall, nir_weight=0)
+                for seed, recall in enumerate(base)]
+    runs = [finished_run(tmp_path / f"nir-{seed}", seed, other[seed]) for seed in (2, 0, 1)]
+    rows = table_rows(evaluate.compare([*runs, *controls[not listed:]], baseline=str(controls[0])))
+    result = scipy.stats.ttest_1samp(100 * (np.array(other[1 - listed:]) - base[1 - listed:3]), 0)
+    low, high = result.confidence_interval(0.95)
+    mean = 100 * np.mean(np.array(other[1 - listed:]) - base[1 - listed:3])
+    assert rows[""][-1] == "recall@1 minus control [95 %]"
+    assert rows["nir"][-1] == f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] %" + ("" if listed else " (n = 2)")
+    assert rows["control"][0] == str(4 - (not listed)) and rows["control"][-1] == "-"
+
+
+def test_fewer_than_two_pairs_have_no_difference(tmp_path):
+    runs = [finished_run(tmp_path / f"nir-{seed}", seed) for seed in (0, 1, 2)]
+    control = [finished_run(tmp_path / f"control-{seed}", seed, nir_weight=0) for seed in (2, 3)]
+    rows = table_rows(evaluate.compare([*runs, *control], baseline=control[1]))
+    assert rows["nir"][-1] == "-" and rows["control"][-1] == "-"
+
+
+def test_a_baseline_of_no_group_becomes_one_and_one_that_is_no_run_is_refused(tmp_path):
+    runs = [finished_run(tmp_path / f"nir-{seed}", seed, recall=0.1 * seed) for seed in (1, 2)]
+    control = finished_run(tmp_path / "control-1", 1, nir_weight=0)
+    rows = table_rows(evaluate.compare(runs, baseline=control))
+    assert rows["control"][0] == "1" and rows["nir"][0] == "2"
+    half = finished_run(tmp_path / "half", rows=1, results=False)
+    for baseline, reason in ((half, "unfinished: 1 of 3"), (tmp_path / "none", "missing: no such folder")):
+        with pytest.raises(UserError, match=f"--baseline .* is no finished run .{reason}"):
+            evaluate.compare(runs, baseline=baseline)
+
+
+def test_groups_ignore_seed_folder_device_workers_and_versions_but_no_other_setting(tmp_path):
+    changes = [{"device": "cuda"}, {"workers": 4}, {"data_root": "/mnt"}, {"torch": "2.9.0"}, {"commit": "def"},
+               {"resume": "x"}, {"not_known_then": None}]
+    same = [finished_run(tmp_path / f"a-{seed}", seed, **change) for seed, change in enumerate(changes)]
+    assert table_rows(evaluate.compare(same))["a"][0] == "7"
+    others = [finished_run(tmp_path / f"b{i}", 0, **change)
+              for i, change in enumerate([{"loss": "x"}, {"lr_steps": [2, 3]}, {"new": 1}])]
+    rows = table_rows(evaluate.compare(same + others))
+    assert [row[0] for row in rows.values()][2:] == ["7", "1", "1", "1"]
+
+
+def test_groups_of_one_name_are_told_apart_by_the_settings_in_which_they_differ(tmp_path):
+    runs = [finished_run(tmp_path / row / f"control{separator}{seed}", seed, lr_steps=steps, margin=0.1)
+            for row, separator, steps in (("row1", "-", [2]), ("row2", "/seed", [1, 2])) for seed in (0, 11)]
+    runs.append(finished_run(tmp_path / "other-seed0-2", loss="triplet"))
+    assert list(table_rows(evaluate.compare(runs)))[2:] == ["control lr_steps=[2]", "control lr_steps=[1, 2]", "other"]
+
+
+def test_a_column_of_the_log_is_its_last_epoch_or_the_one_behind_the_at(tmp_path):
+    run = finished_run(tmp_path / "a", last={"map@2": 0.125})
+    (tmp_path / "b").mkdir()
+    for file in ("args.json", "results.json"):
+        (tmp_path / "b" / file).write_text((run / file).read_text().replace("0.01", "0"))
+    (tmp_path / "b" / "log.csv").write_text("epoch,map\n1,0.7\n2,0.8\n3,0.9\n")
+    names = ["grad_share_nir@1", "grad_share_nir@2", "grad_share_nir", "test_recall@1", "recall@1", "map@2", "map@3"]
+    rows = table_rows(evaluate.compare([run, tmp_path / "b"], metrics=names))
+    assert rows["a"] == ["1", "5.0 %", "0.5 %", "0.0005", "50.0 %", "50.0 %", "12.5 %", "-"]
+    assert rows["b"] == ["1", "-", "-", "-", "-", "50.0 %", "12.5 %", "90.0 %"]
+
+
+def test_tiny_gradient_shares_keep_their_digits():
+    assert evaluate.spread("grad_share_nir@1", [4e-8, 4e-8]) == "4e-08 ± 0"
+    assert evaluate.spread("grad_share_nir", [0.0125]) == "1.2 %"
+
+
+def test_a_value_that_some_runs_of_a_group_lack_is_averaged_over_the_others_and_says_so(tmp_path):
+    runs = [finished_run(tmp_path / f"a-{seed}", seed, last={"extra": seed} if seed else {}) for seed in (0, 1, 2)]
+    assert table_rows(evaluate.compare(runs, metrics=["extra"]))["a"] == ["3", "1.5 ± 0.7071 (n = 2)"]
+
+
+def test_missing_unfinished_unlike_broken_and_doubled_runs_are_named_and_left_out(tmp_path, capsys):
+    def broken(name, file, content):
+        folder = finished_run(tmp_path / name, 5)
+        (folder / file).write_text(content)
+        return folder
+    good = [finished_run(tmp_path / f"good-{seed}", seed, recall) for seed, recall in ((0, 0.5), (1, 0.6))]
+    (tmp_path / "empty").mkdir()
+    reasons = {
+        tmp_path / "none": "missing: no such folder", tmp_path / "empty": "missing: no args.json",
+        tmp_path / "good-0" / "log.csv": "missing: no such folder",
+        finished_run(tmp_path / "short", 2, epochs=15, rows=3): "unfinished: 3 of 15 epochs",
+        finished_run(tmp_path / "running", 2, results=False): "unfinished: 3 of 3 epochs, no results",
+        finished_run(tmp_path / "long", 2, epochs=4): "unlike: toy, 4 epochs, val_fraction 0.0; not toy, 3 epochs",
+        finished_run(tmp_path / "birds", 2, dataset="cub200"): "unlike: cub200, 3",
+        finished_run(tmp_path / "held", 2, val_fraction=0.5): "unlike: toy, 3 epochs, val_fraction 0.5",
+        finished_run(tmp_path / "twin", 1, 0.9): f"same seed as {good[1]}",
+        broken("json", "args.json", "{"): "broken: args.json", broken("list", "args.json", "[1]"): "broken: args.json",
+        broken("old", "args.json", "{}"): "broken: args.json",
+        broken("csv", "log.csv", "epoch,seconds\n1,fast\n"): "broken: log.csv",
+        broken("cut", "log.csv", "epoch,seconds\n1,2\n2\n3,4\n"): "broken: log.csv",
+        broken("nothing", "log.csv", ""): "unfinished: 0 of 3 epochs",
+        broken("null", "results.json", '{"last": {"recall@1": null}}'): "broken: results.json",
+        broken("bytes", "results.json", "[]"): "broken: results.json"}
+    (tmp_path / "no log").mkdir()
+    (tmp_path / "no log" / "args.json").write_text((good[0] / "args.json").read_text())
+    reasons[tmp_path / "no log"] = "unfinished: 0 of 3 epochs"
+    evaluate.main(["--compare", *map(str, [*good, *reasons])])
+    out = capsys.readouterr().out
+    assert table_rows(out)["good"][:2] == ["2", "55.0 ± 7.1 %"] and len(table_rows(out)) == 3
+    lines = [line for line in out.split("\n") if line.startswith("- left out: ")]
+    assert len(lines) == len(reasons) and out.index("| good") < out.index(lines[0])
+    for folder, reason in reasons.items():
+        assert sum(line.startswith(f"- left out: {folder} ({reason}") for line in lines) == 1, (folder, lines)
+
+
+def test_a_run_given_twice_counts_once(tmp_path):
+    run = finished_run(tmp_path / "a")
+    text = evaluate.compare([run, f"{run}/"])
+    assert table_rows(text)["a"][0] == "1" and "left out" not in text
+
+
+def test_nothing_to_compare_and_unknown_metrics_are_refused_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no finished run to compare: .*none .missing: no such folder"):
+        evaluate.compare([tmp_path / "none"])
+    runs = [finished_run(tmp_path / "a"), finished_run(tmp_path / "b", 1)]
+    with pytest.raises(UserError, match="no run has the metric recal@1, seconds@9: there is .*recall@1") as error:
+        evaluate.compare(runs, metrics=["recal@1", "nmi", "seconds@9"])
+    assert "\n" not in str(error.value) and "test_recall@1" in str(error.value) and "seconds@1" not in str(error.value)
+
+
+def test_commands_without_their_seed_and_versions_stand_above_the_table(tmp_path):
+    runs = [finished_run(tmp_path / f"a-{seed}", seed, commit=commit)
+            for seed, commit in ((3, "abc"), (14, "def"), (5, "abc"))]
+    old = finished_run(tmp_path / "old", loss="triplet")
+    args = json.loads((old / "args.json").read_text())
+    for name in ("command", "torch", "commit"):
+        del args[name]
+    (old / "args.json").write_text(json.dumps(args))
+    above = evaluate.compare([*runs, old]).split("\n|")[0].strip().split("\n")
+    assert above == ["- a, seed 3, 14, 5: `python nir.py --dataset toy --seed N --epochs 3`",
+                     "- old, seed 0: command not recorded", "- torch: 2.8.0, unknown", "- commit: abc, def, unknown"]
+
+
+def test_the_comparison_is_printed_and_written(tmp_path, capsys):
+    runs = [str(finished_run(tmp_path / f"a-{seed}", seed)) for seed in (0, 1)]
+    out = tmp_path / "table.md"
+    out.write_text("old")
+    evaluate.main(["--compare", *runs, "--metrics", "nmi", "--out", str(out)])
+    text = evaluate.compare(runs, metrics=["nmi"])
+    assert out.read_text(encoding="utf-8") == text
+    assert capsys.readouterr().out == f"{text}\ntable written to {out}\n"
+    with pytest.raises(UserError, match="writing .* failed"):
+        evaluate.main(["--compare", *runs, "--out", str(tmp_path / "none" / "table.md")])
+
+
+@pytest.mark.parametrize("options", [[], ["--checkpoint", "best.pt", "--compare", "a"], ["--compare"],
+                                     ["--checkpoint", "best.pt", "--out", "table.md"]])
+def test_a_checkpoint_and_a_comparison_exclude_each_other_and_one_is_needed(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--compare" in error and "Traceback" not in error

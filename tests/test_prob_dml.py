@@ -1,5 +1,6 @@
 """The densities against closed forms, quadrature and 40-digit references; the sampler against its exact distribution;
 the loss against what the paper says of it."""
+import argparse
 import csv
 import math
 
@@ -143,28 +144,31 @@ def test_nivmf_is_the_vmf_where_all_concentrations_are_equal(dim):
 def test_nivmf_is_the_formula_for_any_leading_shape(dtype, tolerance):
     z, mu = directions(2, 3, 512), directions(4, 512, seed=1)
     K = 0.1 + 50 * torch.rand(4, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for normalizer in ("exact", "released"):
-        actual = nivmf_log_prob(z.to(dtype), mu.to(dtype), K.to(dtype), normalizer)
+    for form, metric in (("exact", "elk"), ("exact", "loglik"), ("released", "elk"), ("released", "loglik")):
+        actual = nivmf_log_prob(z.to(dtype), mu.to(dtype), K.to(dtype), form, metric)
         assert actual.shape == (2, 3, 4)
         for c in range(4):
             Kz, Kmu = K[c] * z, K[c] * mu[c]
-            log_p = log_vmf_normalizer(Kmu.norm(), 512) + (Kz * Kmu).sum(-1) / Kz.norm(dim=-1) + K[c].log().sum()
-            log_p = log_p - (512 * Kz.norm(dim=-1).log() if normalizer == "exact" else Kmu.norm().log())
+            log_p = log_vmf_normalizer(Kmu.norm(), 512) + K[c].log().sum()
+            log_p = log_p + (z * Kmu).sum(-1) if (form, metric) == ("released", "elk") else (
+                log_p + (Kz * Kmu).sum(-1) / Kz.norm(dim=-1))
+            log_p = log_p - (512 * Kz.norm(dim=-1).log() if form == "exact" else Kmu.norm().log())
             torch.testing.assert_close(actual[..., c].double(), log_p, rtol=1e-7, atol=tolerance)
 
 
-def test_released_normalizer_does_not_integrate_to_one():
+def test_released_forms_do_not_integrate_to_one():
     z, weights = quadrature(3, n=600)
     mu = torch.cat([torch.eye(3, dtype=torch.float64), directions(3, 3)])
 
-    def integral(*K):
-        return weights @ nivmf_log_prob(z, mu, double(*K).expand(6, 3), "released").exp()
+    def integral(metric, *K):
+        return weights @ nivmf_log_prob(z, mu, double(*K).expand(6, 3), "released", metric).exp()
 
-    # K = k I: D log k - log k is k^2 too much on the sphere.
-    np.testing.assert_allclose(integral(5, 5, 5), 25, rtol=1e-8)
+    # K = k I, the log-likelihood's: D log k - log k is k^2 too much on the sphere.
+    np.testing.assert_allclose(integral("loglik", 5, 5, 5), 25, rtol=1e-8)
     # For other K the factor depends on where the proxy points: it shifts the competition between classes.
-    np.testing.assert_allclose(integral(2, 5, 10)[:3], [32.896, 18.208, 34.466], atol=1e-3)
-    assert integral(1, 1, 20).min() > 15
+    np.testing.assert_allclose(integral("loglik", 2, 5, 10)[:3], [32.896, 18.208, 34.466], atol=1e-3)
+    # EL-nivMF's is a vMF with natural parameter K mu, times det K / ||K mu||.
+    np.testing.assert_allclose(integral("elk", 2, 5, 10), 100 / (double(2, 5, 10) * mu).norm(dim=1), rtol=1e-8)
 
 
 # -------------------------------------------------------------------------------------------------- the sampler
@@ -285,8 +289,8 @@ def test_sampling_a_concentration_that_is_not_finite_ends_with_an_error(kappa):
 
 # ---------------------------------------------------------------------------------------------- the similarities
 
-def similarity(metric, e, rho, concentration, samples=1, normalizer="exact", seed=0):
-    return SIMILARITIES[metric](e, rho, concentration, samples, normalizer, torch.Generator().manual_seed(seed))
+def similarity(metric, e, rho, concentration, samples=1, form="exact", seed=0):
+    return SIMILARITIES[metric](e, rho, concentration, samples, form, torch.Generator().manual_seed(seed))
 
 
 def integrand(metric, log_p, log_q):
@@ -354,6 +358,85 @@ def test_an_image_is_most_similar_to_the_class_it_points_at_under_every_metric()
         concentration = torch.full((6, 24 if proxy == "nivmf" else 1), 20.0, dtype=torch.float64)
         sim = similarity(metric, 20 * rho, 20 * rho if metric == "l2" else rho, concentration, samples=50)
         assert sim.shape == (6, 6) and torch.equal(sim.argmax(1), torch.arange(6)), (metric, proxy)
+
+
+# ---------------------------------------------------------------------------------------------- the released form
+
+def slow_released_loss(metric, e, labels, proxies, K, T, samples):
+    """The released loss as `papers` have it, image by image, sample by sample, class by class; K with its floor."""
+    D, losses = e.shape[1], []
+    for i in range(len(e)):
+        k1, mu1, logits = e[i].norm(), e[i] / e[i].norm(), []
+        for c in range(len(proxies)):
+            mu, k = proxies[c] / proxies[c].norm(), torch.where(K[c] < 0.1, 0.1, K[c])
+            Kmu = k * mu
+            factor = log_vmf_normalizer(Kmu.norm(), D) + k.log().sum() - Kmu.norm().log()
+            log_q = [z[i] @ Kmu + factor for z in samples]
+            log_p = [log_vmf_normalizer(k1, D) + k1 * (z[i] @ mu1) for z in samples]
+            if metric == "elk":
+                inside = [q / T for q in log_q]
+            elif metric == "bhattacharyya":
+                inside = [(0.5 * q - 0.5 * p) / T for q, p in zip(log_q, log_p)]
+            if metric in ("elk", "bhattacharyya"):
+                logits.append((sum(value.exp() for value in inside) / len(samples)).log())
+            elif metric == "kl":
+                entropy = -log_vmf_normalizer(k1, D) - k1 * mean_resultant_length(k1, D)
+                logits.append((sum(log_q) / len(samples) + entropy) / T)
+            else:
+                Kz = k * mu1
+                logits.append(((Kz @ Kmu) / Kz.norm() + factor) / T)
+        losses.append(-(logits[labels[i]] - torch.stack(logits).logsumexp(0)))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl", "loglik"])
+@pytest.mark.parametrize("temperature", [0.2, 3.0])
+def test_released_form_is_the_slow_reference_with_its_gradients(metric, temperature, monkeypatch):
+    torch.manual_seed(0)
+    C, D, B, S = 4, 6, 5, 3
+    module = ProbabilisticProxies(C, D, metric, "nivmf", "released", samples=S, temperature=temperature,
+                                  concentration_init=4.0).double()
+    module.proxies.data.mul_(torch.rand(C, 1) + 0.5)                           # a length of their own changes nothing
+    module.concentrations.data.mul_(0.2 + 2 * torch.rand(C, D))
+    module.concentrations.data[0, :2] = double(0.03, -1.0)                     # below the floor
+    module.concentrations.data[2, 3] = 0.0
+    e, labels = 3 * torch.randn(B, D, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    real, drawn = prob_dml.sample_vmf, []
+
+    def shared(mu, kappa, samples, generator=None):
+        drawn.append(real(mu, kappa, samples, torch.Generator().manual_seed(3)))
+        return drawn[-1]
+    monkeypatch.setattr(prob_dml, "sample_vmf", shared)
+    e = e.requires_grad_()
+    loss = module(e, labels)
+    gradients = torch.autograd.grad(loss, [e, *module.parameters()])
+    x = e.detach().requires_grad_()
+    leaves = [p.detach().clone().requires_grad_() for p in (module.proxies, module.temperature, module.concentrations)]
+    z = real(unit_vectors(x), x.norm(dim=1), S, torch.Generator().manual_seed(3))
+    reference = slow_released_loss(metric, x, labels, leaves[0], leaves[2], leaves[1], z)
+    expected = dict(zip(("e", "proxies", "temperature", "concentrations"), torch.autograd.grad(reference, [x, *leaves])))
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-10) and len(drawn) == (metric != "loglik")
+    for name, gradient in zip(["e", *dict(module.named_parameters())], gradients):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10)
+
+
+def test_forms_agree_at_a_temperature_of_one_where_the_density_does():
+    """EL-nivMF's released form is log mean q / T with T inside; with T = 1 only its density is another."""
+    e, rho, K = 5 * directions(3, 6), directions(4, 6, seed=1), 2 + directions(4, 6, seed=2).abs()
+    one = SIMILARITIES["elk"](e, rho, K, 7, "released", torch.Generator().manual_seed(0), torch.tensor(1.0))
+    z = sample_vmf(unit_vectors(e), e.norm(dim=1), 7, torch.Generator().manual_seed(0))
+    expected = nivmf_log_prob(z, rho, K, "released").logsumexp(0) - math.log(7)
+    torch.testing.assert_close(one, expected)
+    for T in (0.01, 0.5):                                     # a mean of powers grows with the power
+        inside = SIMILARITIES["elk"](e, rho, K, 7, "released", torch.Generator().manual_seed(0), torch.tensor(T))
+        assert (inside > expected).all()
+
+
+def test_form_is_the_default_unless_it_is_named_and_vmf_proxies_have_one():
+    assert ProbabilisticProxies(3, 4).form == prob_dml.DEFAULT_FORM
+    assert ProbabilisticProxies(3, 4, form="released").form == "released"
+    for options in (dict(proxy="vmf"), dict(proxy="vmf", form="exact"), dict(metric="l2", proxy="vmf")):
+        assert ProbabilisticProxies(3, 4, **options).form == "exact"
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
@@ -472,11 +555,11 @@ def test_a_batch_of_one_and_a_single_sample_work(metric, proxy):
 def test_a_class_far_away_gets_no_weight_and_is_no_danger(metric, proxy):
     module = criterion(metric, proxy, C=3, D=64)
     e = 100 * torch.eye(1, 64)
-    module.proxies.data = (100 if metric == "l2" else 1) * torch.stack([e[0] / 100, -e[0] / 100, e[0] / 100])
+    module.proxies.data = torch.stack([e[0] / 100, -e[0] / 100, e[0] / 100])
     if module.concentrations is not None:
-        module.concentrations.data.fill_(1e4)
+        module.concentrations.data.fill_(100 if metric == "l2" else 1e4)
     if metric == "cosine":
-        module.log_temperature.data.fill_(math.log(1e-3))
+        module.temperature.data.fill_(1e-3)
     loss, (_, gradient, *_) = loss_and_gradients(module, e, torch.tensor([0]))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-3)
     assert gradient[1].abs().max() < 1e-6
@@ -489,7 +572,7 @@ def test_loss_and_gradients_are_finite_for_embeddings_of_any_norm(metric, proxy)
     module = criterion(metric, proxy, C=10, D=512)
     e = unit_vectors(torch.randn(7, 512)) * torch.tensor([0, 1e-30, 1e-6, 1e-3, 1, 1e3, 1e5])[:, None]
     for temperature in (1.0, 0.003):
-        module.log_temperature.data.fill_(math.log(temperature))
+        module.temperature.data.fill_(temperature)
         loss, gradients = loss_and_gradients(module, e, torch.arange(7))
         assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
         for i in range(7):
@@ -532,16 +615,28 @@ def test_no_tensor_grows_with_batch_times_classes_times_dimension(metric, proxy)
     assert largest.size <= max(S * B * C, S * B * D, C * D, S * B * 24)
 
 
-def test_warm_start_turns_proxies_to_the_mean_directions_of_their_classes():
-    for metric, length in (("elk", 1.0), ("l2", 50.0)):
-        module = criterion(metric, "vmf", C=3, D=4, concentration_init=50.0)
-        untouched = module.proxies[1].detach().clone()
-        e = torch.tensor([[1.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 2, 0]])
-        module.warm_start(e, torch.tensor([0, 0, 2]))
-        half = math.sqrt(0.5)
-        torch.testing.assert_close(module.proxies[0], length * torch.tensor([half, half, 0, 0]))
-        torch.testing.assert_close(module.proxies[2], length * torch.tensor([0.0, 0, 1, 0]))
-        assert torch.equal(module.proxies[1], untouched)
+def test_warm_start_turns_proxies_to_the_mean_embedding_of_their_classes_and_keeps_their_length():
+    module = criterion("elk", "vmf", C=3, D=4, concentration_init=50.0)
+    untouched = module.proxies[1].detach().clone()
+    e = torch.tensor([[3.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 2, 0]])                      # raw: the longer one weighs more
+    module.warm_start(e, torch.tensor([0, 0, 2]))
+    torch.testing.assert_close(module.proxies[0], 50 * torch.tensor([0.6, 0.8, 0, 0]))
+    torch.testing.assert_close(module.proxies[2], 50 * torch.tensor([0.0, 0, 1, 0]))
+    assert torch.equal(module.proxies[1], untouched)
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_proxies_are_stored_with_the_length_of_the_first_concentration(metric, proxy):
+    module = ProbabilisticProxies(100, 512, metric, proxy, concentration_init=200.0)
+    torch.testing.assert_close(module.proxies.norm(dim=1), torch.full((100,), 200.0))
+    e, labels = torch.randn(3, 512), torch.tensor([4, 50, 99])
+    before = loss_and_gradients(module, e, labels)[0]
+    module.proxies.data.mul_(0.1)                                                        # direction alone counts
+    torch.testing.assert_close(loss_and_gradients(module, e, labels)[0], before, rtol=1e-4, atol=1e-4)
+    if metric == "l2":           # its length is a parameter of its own, and starts as that of Xavier's normal does
+        assert module.concentrations.shape == (100, 1)
+        xavier = torch.nn.init.xavier_normal_(torch.empty(100, 512), gain=200.0).norm(dim=1).mean().item()
+        assert module.concentrations.mean().item() == pytest.approx(xavier, rel=0.01)
 
 
 def test_concentrations_stay_at_the_floor_or_above_and_can_leave_it():
@@ -553,15 +648,16 @@ def test_concentrations_stay_at_the_floor_or_above_and_can_leave_it():
     assert (gradient[0] != 0).all()
 
 
-def test_temperature_is_learned_and_positive():
+def test_temperature_itself_is_learned_down_to_its_floor_and_can_leave_it():
     module, e = criterion(temperature=0.003), 20 * torch.randn(6, 16)
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
-    for _ in range(5):
-        optimizer.zero_grad()
-        module(e, torch.arange(6)).backward()
-        optimizer.step()
-    temperature = module.log_temperature.exp()
-    assert temperature > 0 and abs(temperature / 0.003 - 1) > 0.1
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.002)
+    module(e, torch.arange(6)).backward()
+    optimizer.step()
+    assert abs(module.temperature.item() - 0.003) == pytest.approx(0.002, rel=1e-3)      # Adam's first step is its rate
+    module.temperature.data.fill_(-1.0)
+    _, gradients = loss_and_gradients(module, e, torch.arange(6))
+    assert module.temperature.item() == pytest.approx(1e-3)
+    assert dict(zip(dict(module.named_parameters()), gradients[1:]))["temperature"] != 0
 
 
 def test_statistics_of_norms_concentrations_and_temperature():
@@ -575,8 +671,8 @@ def test_statistics_of_norms_concentrations_and_temperature():
 
 @pytest.mark.parametrize("options, message", [
     (dict(metric="mahalanobis"), "metric must be one of elk"), (dict(proxy="gauss"), "proxy must be one of nivmf"),
-    (dict(normalizer="none"), "normalizer must be one of exact"), (dict(metric="cosine"), "use proxy vmf"),
-    (dict(metric="l2"), "use proxy vmf"), (dict(proxy="vmf", normalizer="released"), "leave it at exact"),
+    (dict(form="none"), "form must be one of exact"), (dict(metric="cosine"), "use proxy vmf"),
+    (dict(metric="l2"), "use proxy vmf"), (dict(proxy="vmf", form="released"), "vMF proxies have one form"),
     (dict(samples=0), "samples must be at least 1"), (dict(dim=1), "dim must be at least 2"),
     (dict(temperature=0.0), "temperature must be"), (dict(concentration_init=-1.0), "concentration_init must be"),
     (dict(temperature=math.nan), "temperature must be"), (dict(num_classes=0), "num_classes must be")])
@@ -619,7 +715,7 @@ def test_each_parameter_is_in_one_group_at_its_own_rate():
     rates = {id(group["params"][0]): group["lr"] for group in made.groups(0.1)}
     inner = made.proxies
     assert len(rates) == len(list(made.parameters())) == 3
-    assert rates == pytest.approx({id(inner.proxies): 0.2, id(inner.concentrations): 0.3, id(inner.log_temperature): 0.5})
+    assert rates == pytest.approx({id(inner.proxies): 0.2, id(inner.concentrations): 0.3, id(inner.temperature): 0.5})
 
 
 def settings(monkeypatch, *argv):
@@ -629,29 +725,77 @@ def settings(monkeypatch, *argv):
     return caught
 
 
+MAIN = dict(batch_size=64, warmup=0, lr=1e-5, proxy_lr=5000, concentration_lr=20000, temperature=0.003, temperature_lr=200,
+            samples=5, proxy="nivmf")
+CELL = dict(batch_size=106, warmup=0, lr=1e-5, epochs=50, lr_steps=[], proxy_lr=5000, concentration_lr=50000,
+            concentration_init=10, norm_multiplier=150, temperature=1.0, temperature_lr=500, samples=10)
+
+
+@pytest.mark.parametrize("dataset, dim, metric, proxy, expected", [
+    ("cub200", 128, "elk", None, {**MAIN, **dict(epochs=250, lr_steps=[25, 50], lr_gamma=0.3, concentration_init=6,
+                                                 norm_multiplier=30)}),
+    ("cub200", 512, "elk", "nivmf", {**MAIN, **dict(epochs=250, lr_steps=[31], lr_gamma=0.1, concentration_init=18,
+                                                    norm_multiplier=50)}),
+    ("cars196", 128, "elk", None, {**MAIN, **dict(epochs=300, lr_steps=[60, 80], lr_gamma=0.1, proxy_lr=7500,
+                                                  concentration_lr=7500, concentration_init=9, norm_multiplier=12)}),
+    ("cars196", 512, "elk", None, {**MAIN, **dict(epochs=300, lr_steps=[105, 170], lr_gamma=0.2, concentration_init=22,
+                                                  norm_multiplier=10)}),
+    ("cub200", 512, "elk", "vmf", CELL), ("cub200", 512, "bhattacharyya", "vmf", CELL), ("cub200", 512, "kl", "vmf", CELL),
+    ("cub200", 512, "loglik", None, {**CELL, "temperature": 1 / 32, "norm_multiplier": 1, "proxy": "nivmf"}),
+    ("cub200", 512, "l2", None, {**CELL, "concentration_init": 200, "norm_multiplier": 1, "proxy": "vmf"}),
+    ("cub200", 512, "cosine", None, {**CELL, "temperature": 1 / 256, "norm_multiplier": 1, "proxy": "vmf"})])
+def test_presets_are_the_released_settings_field_by_field(dataset, dim, metric, proxy, expected):
+    args = argparse.Namespace(dataset=dataset, arch="resnet50", weights="imagenet", metric=metric, proxy=proxy, form=None,
+                              embed_dim=dim, guidance_weight=0.0)
+    given = prob_dml.preset(args)
+    one_form = given["proxy"] == "vmf"
+    wanted = {"proxy": proxy, **expected, "form": "exact" if one_form else prob_dml.DEFAULT_FORM}
+    wanted.setdefault("lr_gamma", given["lr_gamma"])                                     # means nothing without steps
+    assert given == wanted
+    args.form = "released"
+    assert prob_dml.preset(args)["form"] == "released"                # asked for: where there is one form, an error follows
+
+
 @pytest.mark.parametrize("argv, expected", [
-    ("", dict(dataset="cub200", arch="resnet50", metric="elk", proxy="nivmf", epochs=250, lr_steps=[25, 50], lr_gamma=0.3,
-              proxy_lr=5000, concentration_lr=20000, concentration_init=6, norm_multiplier=30, temperature=0.003,
-              temperature_lr=200, samples=5, guidance_weight=0.0, lr=1e-5)),
-    ("--embed_dim 512", dict(lr_steps=[31], lr_gamma=0.1, concentration_init=18, norm_multiplier=50)),
-    ("--dataset cars196", dict(epochs=300, lr_steps=[60, 80], proxy_lr=7500, concentration_lr=7500, norm_multiplier=12)),
-    ("--dataset cars196 --embed_dim 512", dict(lr_steps=[105, 170], lr_gamma=0.2, concentration_init=22)),
-    ("--metric kl --proxy vmf", dict(epochs=50, batch_size=106, concentration_lr=50000, norm_multiplier=150,
-                                     temperature=1.0, temperature_lr=500, concentration_init=10)),
-    ("--metric kl --dataset cars196", dict(batch_size=None, epochs=50)),
-    ("--metric loglik", dict(temperature=1 / 32, proxy="nivmf")),
-    ("--metric cosine", dict(temperature=1 / 256, proxy="vmf")), ("--metric l2", dict(concentration_init=200)),
+    ("", dict(dataset="cub200", arch="resnet50", metric="elk", guidance_weight=0.0, usual_batch_size=64, batch_size=None)),
     ("--dataset toy", dict(temperature=0.1, concentration_init=10, norm_multiplier=40, samples=200, concentration_lr=200)),
-    ("--dataset toy --metric kl --proxy vmf", dict(temperature=0.1, norm_multiplier=40)),
     ("--dataset toy --metric kl", dict(proxy="nivmf", temperature=0.1, concentration_init=10, norm_multiplier=10)),
     ("--dataset toy --metric loglik", dict(temperature=0.3, concentration_init=30, concentration_lr=600)),
-    ("--dataset toy --metric loglik --proxy vmf", dict(temperature=1.0, concentration_init=10, norm_multiplier=10)),
-    ("--dataset toy --metric cosine", dict(temperature=1 / 8)),
-    ("--dataset toy --metric l2", dict(temperature=5.0, concentration_init=15, norm_multiplier=3)),
     ("--metric elk --guidance_weight 5 --epochs 7", dict(guidance_weight=5.0, epochs=7))])
-def test_presets_are_the_released_settings_and_the_command_line_beats_them(monkeypatch, argv, expected):
+def test_the_command_line_beats_the_preset(monkeypatch, argv, expected):
     given = settings(monkeypatch, *argv.split())
     assert {key: given[key] for key in expected} == expected
+
+
+# The first steps of the papers' runs: what their rates do to what is stored.
+
+@pytest.mark.parametrize("dataset, dim, form", [(dataset, dim, form) for dataset in ("cub200", "cars196")
+                                                for dim in (128, 512) for form in ("exact", "released")])
+def test_first_steps_of_a_papers_run_keep_warm_started_proxies_and_free_the_temperature(dataset, dim, form):
+    """On synthetic embeddings, 100 classes: a step turns no proxy far, T leaves 0.003 and guidance gets its share."""
+    args = argparse.Namespace(dataset=dataset, arch="resnet50", weights="imagenet", metric="elk", proxy=None, form=form,
+                              embed_dim=dim, guidance_weight=5.0)
+    preset = prob_dml.preset(args)
+    torch.manual_seed(0)
+    module = ProbabilisticProxies(100, dim, "elk", "nivmf", form, preset["samples"], preset["temperature"],
+                                  preset["concentration_init"])
+    made = prob_dml.Criterion(module, 5.0, preset["proxy_lr"], preset["concentration_lr"], preset["temperature_lr"])
+    labels = torch.arange(100).repeat_interleave(10)
+    centres = torch.randn(100, dim)
+    embeddings = preset["norm_multiplier"] / 3 * unit_vectors(centres[labels] + 1.5 * torch.randn(1000, dim))
+    module.warm_start(embeddings, labels)
+    first = unit_vectors(module.proxies.detach())
+    optimizer = torch.optim.Adam(made.groups(preset["lr"]))
+    for step in range(90):                                                           # CUB's epoch has 91 batches
+        chosen = torch.randperm(100)[:32].repeat_interleave(2) * 10 + torch.randint(10, (64,))
+        optimizer.zero_grad()
+        sum(made.terms(embeddings[chosen], labels[chosen]).values()).backward()
+        optimizer.step()
+        if step == 0:
+            assert (unit_vectors(module.proxies.detach()) * first).sum(1).min() > 0.99
+    assert module.temperature > 0.02
+    batch = embeddings[chosen].clone().requires_grad_()
+    assert common.gradient_shares(made.terms(batch, labels[chosen]), batch)["grad_share_guidance"] > 0.1
 
 
 @pytest.mark.parametrize("metric, proxy", CELLS)
@@ -669,29 +813,34 @@ def test_every_cell_trains_from_the_command_line(metric, proxy, tmp_path, capsys
                    "--metric", metric, "--proxy", proxy, "--guidance_weight", "0.1", "--out", str(tmp_path / "run")])
     first, last = csv.DictReader(open(tmp_path / "run/log.csv"))
     assert {metric, "guidance", f"grad_share_{metric}", "norm_mean", "norm_std", "temperature"} <= last.keys()
-    assert ("anisotropy" in last) == (metric not in ("cosine", "l2")) and float(last[metric]) < float(first[metric]) + 0.5
+    assert ("anisotropy" in last) == (proxy == "nivmf") and ("concentration" in last) == (metric != "cosine")
+    assert float(last[metric]) < float(first[metric]) + 0.5
     changed = [float(first[key]) != float(last[key]) for key in ("temperature", "norm_mean")]
     assert all(changed) and "recall@1" in capsys.readouterr().out
 
 
-def test_warm_start_turns_the_proxies_to_the_class_means_and_scales_the_norms(monkeypatch):
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_a_run_starts_as_the_authors_did(metric, proxy):
+    """The multiplier scales the embedding layer's weight alone; the proxies of ELK, B and KL start at the class means."""
     torch.manual_seed(0)
     network = common.Network("conv4", 8, 16)
-    before = network.embedding.weight.detach().clone()
+    before = {name: value.detach().clone() for name, value in network.embedding.named_parameters()}
     images, labels = torch.randint(0, 255, (6, 16, 16), dtype=torch.uint8).numpy(), torch.tensor([0, 0, 1, 1, 2, 2])
     split = data.Split(list(images), labels, ["a", "b", "c"])
     args = type("Args", (), dict(image_size=16, augment="light", workers=0, norm_multiplier=12.0))
-    criterion = prob_dml.Criterion(ProbabilisticProxies(3, 8))
+    criterion = prob_dml.Criterion(ProbabilisticProxies(3, 8, metric, proxy, concentration_init=7.0))
+    start = criterion.proxies.proxies.detach().clone()
     prob_dml.setup(criterion, network, split, args, torch.device("cpu"))
-    assert torch.equal(network.embedding.weight, 12 * before)
+    assert torch.equal(network.embedding.weight, 12 * before["weight"]) and torch.equal(network.embedding.bias, before["bias"])
     embeddings = common.embed(network, split, args, torch.device("cpu"))
-    means = torch.nn.functional.normalize(embeddings).view(3, 2, 8).sum(1)
-    torch.testing.assert_close(criterion.proxies.proxies.data, torch.nn.functional.normalize(means))
+    means = 7 * torch.nn.functional.normalize(embeddings.view(3, 2, 8).sum(1))
+    warm = metric in ("elk", "bhattacharyya", "kl")
+    torch.testing.assert_close(criterion.proxies.proxies.data, means if warm else start)
 
 
 def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):
     for argv, message in ((["--metric", "cosine", "--proxy", "nivmf"], "metric cosine knows no concentration"),
-                          (["--proxy", "vmf", "--normalizer", "released"], "leave it at exact"),
+                          (["--proxy", "vmf", "--form", "released"], "vMF proxies have one form"),
                           (["--guidance_weight", "-1"], "--guidance_weight: -1 is negative")):
         with pytest.raises(SystemExit) as caught:
             common.command(lambda: prob_dml.main(["--dataset", "toy", "--device", "cpu", *argv]))
