@@ -195,19 +195,26 @@ class NIR(nn.Module):
                 times p^-1 up to a constant: once the flow fits it vanishes, so it acts like a hinge.
 
     psi and rho are L2-normalised. With several centres per class rho is the centre nearest to the sample.
+
+    noise > 0 adds normal noise of that deviation to each coordinate of psi before the flow. Then no density is higher than
+    the noise's own, whose mean log is -D/2 log(2 pi e noise^2): a class that is smaller than the noise gains nothing by
+    shrinking further. (The released code can add uniform noise and normalise again; no run of its does.)
     """
 
-    def __init__(self, proxy_loss, dim, form="nll", nir_weight=1.0, proxy_weight=1.0, proxy_lr=1.0, flow_lr=1.0):
+    def __init__(self, proxy_loss, dim, form="nll", nir_weight=1.0, proxy_weight=1.0, proxy_lr=1.0, flow_lr=1.0, noise=0.0):
         super().__init__()
-        self.proxy_loss, self.form = proxy_loss, form
+        self.proxy_loss, self.form, self.noise = proxy_loss, form, noise
         self.nir_weight, self.proxy_weight, self.proxy_lr, self.flow_lr = nir_weight, proxy_weight, proxy_lr, flow_lr
         self.flow = GlowFlow(dim, dim) if nir_weight else None         # without a weight there is nothing to train
 
+    @full_precision
     def nir(self, embeddings, labels):
         psi, rho = F.normalize(embeddings), F.normalize(self.proxy_loss.proxies, dim=-1)[labels]
         if rho.dim() == 3:                                                               # (B, K, D) -> (B, D)
             nearest = (rho @ psi.unsqueeze(2)).squeeze(2).argmax(1)
             rho = rho[torch.arange(len(rho), device=rho.device), nearest]
+        if self.noise:
+            psi = psi + self.noise * torch.randn_like(psi)
         if self.form == "nll":
             return -self.flow.log_prob(psi, rho).mean()
         zeta, log_det = self.flow(psi, rho)
@@ -237,7 +244,7 @@ class NIR(nn.Module):
 # proxy_lr and flow_lr are multiples of --lr. proxy_weight is the released code's w: it scales the proxy loss, not NIR.
 
 PAPER = dict(batch_size=90, lr=1e-5, lr_steps=[], lr_gamma=0.1, warmup=1, proxy_lr=4000, flow_lr=50,
-             nir_form="exp", nir_weight=1.0)
+             nir_form="exp", nir_weight=1.0, nir_noise=0.0)
 PRESETS = {  # (data set, D) -> what differs from PAPER
     ("cub200", 128): dict(epochs=100, proxy_weight=0.0075),
     ("cub200", 512): dict(epochs=100, proxy_weight=0.0075),
@@ -249,7 +256,7 @@ PRESETS = {  # (data set, D) -> what differs from PAPER
 BASELINE = dict(proxy_lr=2000, proxy_weight=1.0, warmup=0)          # with --nir_weight 0
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs.
 SCRATCH = dict(batch_size=90, lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, flow_lr=1,
-               proxy_weight=1.0)
+               proxy_weight=1.0, nir_noise=0.0)
 # ... and NIR: nll by validation classes; toy's exp after nll had hurt on its test classes, so not blindly: README.md.
 SCRATCH_NIR = {"toy": dict(nir_form="exp", nir_weight=10.0), "others": dict(nir_form="nll", nir_weight=0.01)}
 
@@ -272,6 +279,8 @@ def main(argv=None):
     add("--loss", choices=LOSSES, default="proxyanchor", help="default: proxyanchor")
     add("--nir_form", choices=("nll", "exp"), help="nll: the paper's; exp: the released code's (default: by preset)")
     add("--nir_weight", type=common.not_negative(float), help="0: the baseline without NIR (default: by preset)")
+    add("--nir_noise", type=common.not_negative(float),
+        help="deviation of the noise on embeddings before the flow (default: by preset)")
     add("--proxy_weight", type=common.not_negative(float), help="weight of the proxy loss (default: by preset)")
     add("--proxy_lr", type=common.positive(float), help="multiple of --lr for the proxies (default: by preset)")
     add("--flow_lr", type=common.positive(float), help="multiple of --lr for the flow (default: by preset)")
@@ -279,7 +288,7 @@ def main(argv=None):
 
     def criterion(num_classes):
         return NIR(LOSSES[args.loss](num_classes, args.embed_dim), args.embed_dim, args.nir_form, args.nir_weight,
-                   args.proxy_weight, args.proxy_lr, args.flow_lr)
+                   args.proxy_weight, args.proxy_lr, args.flow_lr, args.nir_noise)
     nir = f"{args.nir_form}{args.nir_weight:g}" if args.nir_weight else "baseline"
     common.train(args, criterion, f"{args.dataset}-{args.loss}-{nir}-seed{args.seed}")
 

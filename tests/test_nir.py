@@ -254,6 +254,23 @@ def test_exponential_form_goes_silent_where_the_flow_fits_and_the_plain_one_does
     assert norms["exp", 100.0] < 1e-40 * norms["exp", 0.0]
 
 
+def test_noise_takes_the_gain_from_shrinking_a_class_that_is_smaller_than_it():
+    """A Gaussian flow of the best deviation s for embeddings at their proxy: nll falls without end as s does, with noise
+    it has its least value at s = noise, the noise's entropy D/2 log(2 pi e noise^2)."""
+    made, y = criterion(form="nll"), torch.zeros(400, dtype=torch.long)
+    x, rho = F.normalize(made.proxy_loss.proxies.detach())[y], F.normalize(made.proxy_loss.proxies.detach())[0]
+
+    def nll(s, noise):
+        made.noise = noise
+        made.flow.forward = lambda psi, cond: ((psi - rho) / s, psi.new_full((len(psi),), -6 * math.log(s)))
+        torch.manual_seed(0)
+        return made.nir(x, y).item()
+    assert nll(1e-3, 0.0) < nll(1e-2, 0.0) < nll(0.1, 0.0)
+    values = {s: nll(s, 0.1) for s in (0.05, 0.07, 0.1, 0.14, 0.2)}
+    assert min(values, key=values.get) == 0.1
+    assert values[0.1] == pytest.approx(3 * math.log(2 * math.pi * math.e * 0.01), abs=0.1)
+
+
 def test_without_a_weight_there_is_no_flow_and_the_loss_is_the_proxy_loss():
     x, y = batch(D=6)
     made = criterion(nir_weight=0)
@@ -276,7 +293,8 @@ def settings(monkeypatch, *argv):
     return caught
 
 
-PAPER = dict(batch_size=90, lr=1e-5, lr_steps=[], warmup=1, proxy_lr=4000, flow_lr=50, nir_form="exp", nir_weight=1.0)
+PAPER = dict(batch_size=90, lr=1e-5, lr_steps=[], warmup=1, proxy_lr=4000, flow_lr=50, nir_form="exp", nir_weight=1.0,
+             nir_noise=0.0)
 
 
 @pytest.mark.parametrize("dataset, nir_weight, expected", [
