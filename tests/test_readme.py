@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 import nir
@@ -31,22 +32,33 @@ def test_every_public_function_and_class_is_in_the_reading_guide(script):
             assert f"{script}.{node.name}" in NAMED
 
 
-def test_every_test_that_the_readme_names_exists():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    names = re.findall(r"`(test_\w+)(?:\.\.\.)?`", README)
-    assert len(names) > 5 and all(f"def {name}" in tests for name in names)
-
-
 def test_the_readmes_commands_are_accepted(monkeypatch):
-    """Every command line that starts one of the two scripts, up to the training itself."""
-    lines = re.findall(r"^    (?:.*&& )?(?:python|torchrun \S+) (nir|prob_dml)\.py(.*)",
+    """Every command line that starts one of the scripts, up to the training itself; the shell's loops as well."""
+    lines = re.findall(r"^    (?:.*&& |for .*; do )?(?:python|torchrun \S+) (nir|prob_dml)\.py(.*?)(?:; done)?$",
                        README.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) > 10
     runs = []
     monkeypatch.setattr(common, "train", lambda args, *_: runs.append(args))
     for script, options in lines:
-        {"nir": nir, "prob_dml": prob_dml}[script].main(shlex.split(options, comments=True))
+        {"nir": nir, "prob_dml": prob_dml}[script].main(shlex.split(options.replace("$seed", "0"), comments=True))
     assert len(runs) == len(lines)
+
+
+def test_the_readmes_own_backbone_can_be_trained(monkeypatch):
+    """The Python of the README, up to the training itself; the network that the training would build takes images."""
+    runs = []
+    monkeypatch.setattr(common, "train", lambda args, *_: runs.append(args))
+    monkeypatch.setattr(common, "BACKBONES", dict(common.BACKBONES))
+    block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "BACKBONES" in block)
+    exec(block, {})
+    args, = runs
+    network = common.Network(args.arch, args.embed_dim, args.image_size)
+    assert network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 128)
+
+
+def test_every_file_that_the_readme_links_is_there():
+    linked = re.findall(r"\]\(([\w./]+)\)", README)
+    assert linked and all((ROOT / name).exists() for name in linked)
 
 
 def test_pictures_are_there_and_small():
