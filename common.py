@@ -11,6 +11,7 @@ and hands it to `train`, which is the whole protocol: one loop, read it from top
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -18,18 +19,17 @@ import shlex
 import subprocess
 import sys
 import time
-import urllib.error
 import warnings
 from pathlib import Path
 
+import data                                               # before torch: see its first lines
 import torch
 import torch.distributed as dist
 from torch import nn
 import torchvision
 
-import data
 import evaluate
-from data import UserError, progress
+from data import UserError, processes, progress
 
 
 def full_precision(function):
@@ -73,7 +73,7 @@ class AverageAndMaximum(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and one linear embedding layer: images (B, 3, H, W) -> embeddings (B, D), not normalised.
+    """Backbone and one linear layer: images (B, 3, H, W) on any device -> embeddings (B, D), not normalised.
 
     uint8 images are normalised first; float ones are taken as normalised already. `pooling` double adds the maximum to
     the average (resnet50). `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet weights; a
@@ -103,8 +103,9 @@ class Network(nn.Module):
 
     def forward(self, images):
         weight = self.embedding.weight
+        images = images.to(weight.device, non_blocking=weight.is_cuda)
         if images.dtype == torch.uint8:
-            images = images.to(weight.dtype)
+            images = images.to(weight.dtype, memory_format=torch.channels_last)       # the faster layout for convolutions
             if self.mean is not None:
                 images = (images / 255 - self.mean) / self.deviation
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -126,15 +127,12 @@ def load_weights(network, weights):
     or the path of its state dict, with or without its classifier. Raises UserError where that is not possible."""
     if weights == "none":
         return
-    if weights == "imagenet":
-        entry = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-        try:
-            state = entry.get_state_dict(progress=True, check_hash=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            raise UserError(f"the ImageNet weights could not be fetched ({error}): fetch {entry.url.rsplit('/', 1)[1]} "
-                            "by hand and give --weights PATH, or start from nothing with --weights none") from None
-    else:
-        state = load_file(weights, "--weights")
+    entry = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    try:
+        state = entry.get_state_dict(check_hash=True) if weights == "imagenet" else load_file(weights, "--weights")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the ImageNet weights could not be fetched ({error}): fetch {entry.url.rsplit('/', 1)[1]} by "
+                        "hand and give --weights PATH, or start from nothing with --weights none") from None
     try:
         own = network.backbone.state_dict()
         network.backbone.load_state_dict({key: value for key, value in state.items() if key in own or
@@ -148,24 +146,23 @@ def load_file(path, option):
     """torch.load without code: UserError for a file that is missing, is no checkpoint, or carries code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{option} {path} does not exist: give a file that does") from None
     except Exception as error:      # a file of other content makes the unpickler fail in any way whatever
-        raise UserError(f"{option} {path} is not a checkpoint, or holds more than tensors and plain values: "
-                        f"it was not opened ({type(error).__name__})") from None
+        reason = ("does not exist" if isinstance(error, FileNotFoundError) else "is not a checkpoint, or holds more than "
+                  f"tensors and plain values ({type(error).__name__})")
+        raise UserError(f"{option} {path} {reason}: give another file") from None
 
 
 def save_file(path, content):
-    """Write a text or checkpoint so that a kill at any moment leaves the old file or the new one."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    """Write a text, a checkpoint or what `content(file)` writes: a kill at any time leaves the old file or the new."""
+    part = Path(f"{path}.part")
     if processes()[0]:
         return
-    with data.clear_errors(f"writing {path}", "give another folder with --out"):
-        try:
-            part.write_text(content) if isinstance(content, str) else torch.save(content, part)
-        except RuntimeError as error:                # what torch.save makes of a full disk
-            raise UserError(f"writing {path} failed ({str(error).splitlines()[0]}): make room and resume") from None
+    with data.clear_errors(f"writing {path}", "make room, or give another folder"):
+        if callable(content):
+            with open(part, "wb") as file:
+                content(file)
+        else:
+            part.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, part)
         os.replace(part, path)
 
 
@@ -181,13 +178,10 @@ def parser(description, epilog):
     add = p.add_argument_group("network").add_argument
     add("--arch", choices=BACKBONES, help="default: conv4 for toy, resnet50 for the others")
     add("--weights", help="imagenet, none or a state dict's path (default: imagenet for resnet50, else none)")
-    add("--pooling", choices=("average", "double"), default="average",
-        help="double: average + maximum (default: average)")
+    add("--pooling", choices=("average", "double"), default="average", help="double: + maximum (default: average)")
     add("--image_size", type=positive(int), help="pixels (default: 224; conv4: 32 for toy, else 64)")
-    add("--augment", choices=("photo", "light"),
-        help="photo: the papers' crop and flip; light: small crops, no flip (default: light for conv4)")
-    add("--corrupt", action="store_true",
-        help="add noise and erasing to all images, a known amount to each (default: off)")
+    add("--augment", choices=("photo", "light"), help="the papers' crop and flip, or less (default: light for conv4)")
+    add("--corrupt", action="store_true", help="add noise and erasing to each image, known amounts (default: off)")
     add("--embed_dim", type=positive(int), help="D (default: 128; toy 64)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=positive(int), help="default: by preset")
@@ -197,15 +191,13 @@ def parser(description, epilog):
     add("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
     add("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
     add("--weight_decay", type=not_negative(float), default=4e-4, help="for the network alone (default: 4e-4)")
-    add("--val_fraction", type=float, default=0.0,
-        help="part of the training classes held out; they then choose the best epoch instead of the test "
-             "classes, which the released code uses (default: 0)")
+    add("--val_fraction", type=float, default=0.0, help="of the training classes, to choose the epoch (default: 0)")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="default: 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the backbone; auto: bfloat16 on a GPU that has it in hardware (default: auto)")
-    add("--workers", type=not_negative(int), help="processes that load images (default: the cores, at most 8; toy 0)")
+    add("--workers", type=not_negative(int), help="processes that load images (default: the CPUs it may use; toy 0)")
     add("--out", help="the run's folder (default: runs/NAME)")
     add("--resume", help="last.pt of a run that was stopped; its own settings are used")
     return p
@@ -218,7 +210,7 @@ def positive(kind, zero=False):
         if not (0 < value < math.inf or zero and value == 0):
             raise argparse.ArgumentTypeError(f"{text} is {'negative or infinite' if zero else 'not above zero'}")
         return value
-    convert.__name__ = f"positive {kind.__name__}"
+    convert.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"         # as argparse will call it
     return convert
 
 
@@ -226,17 +218,13 @@ not_negative = functools.partial(positive, zero=True)
 
 
 def parse(p, preset, argv=None):
-    """The settings as a Namespace: what the command line says, else a resumed run's own, else the preset's.
-
-    `preset(args) -> dict` is asked after `dataset`, `arch`, `weights` and `embed_dim` are known. Its batch size becomes
-    `usual_batch_size`, which may be reduced; the user's own may not.
-    """
+    """The settings: what the command line says, else a resumed run's own, else the preset's. `preset(args) -> dict` is
+    asked last. Its batch size becomes `usual_batch_size`, which may be reduced; the user's own may not."""
     free = {"device", "workers", "resume", "out", "data_root"}       # these do not change what is computed
     args = p.parse_args(argv)
     if args.resume:
         saved = load_checkpoint(args.resume, "--resume")["args"]
-        unknown = vars(args).keys() - saved.keys()
-        if unknown:
+        if unknown := vars(args).keys() - saved.keys():
             raise UserError(f"--resume {args.resume} is a run of another script or version, which knows no "
                             f"{', '.join(f'--{key}' for key in sorted(unknown))}: resume it with its own")
         given = p.parse_args(argv, argparse.Namespace(**{key: saved.get(key) for key in vars(args)}))
@@ -252,13 +240,12 @@ def parse(p, preset, argv=None):
     args.weights = args.weights or ("imagenet" if args.arch == "resnet50" else "none")
     args.image_size = args.image_size or (224 if args.arch != "conv4" else 32 if toy else 64)
     args.augment = args.augment or ("light" if args.arch == "conv4" else "photo")
-    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, max(1, (os.cpu_count() or 1)
-                                                                                  // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if args.workers is None:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = 0 if toy else max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     settings = preset(args)
     args.usual_batch_size = settings.pop("batch_size")
-    for key, value in settings.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    vars(args).update({key: value for key, value in settings.items() if getattr(args, key) is None})
     if args.image_size < 16:
         raise UserError(f"--image_size {args.image_size} is too small for four poolings: use at least 16")
     if not 0 <= args.val_fraction < 1:
@@ -274,8 +261,7 @@ def preset_table(presets):
 
 
 def make_device(name):
-    """`auto` is the first GPU, or the process's own of several, else the CPU. UserError for one that cannot be used, or
-    has no float64, which the vMF normaliser and the metrics need."""
+    """`auto` is the first GPU, or the process's own of several, else the CPU. UserError for one that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -287,23 +273,20 @@ def make_device(name):
         torch.empty(1, device=name, dtype=torch.float64)
         return torch.device(name)
     except TypeError:
-        raise UserError(f"--device {name} has no float64, which the metrics and the vMF normaliser need: try --device "
-                        "cpu") from None
+        raise UserError(f"--device {name} has no float64, which all metrics need: try --device cpu") from None
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
 
 
 def backbone_precision(precision, device):
-    """What `auto` means on a device. The authors trained in float32; bfloat16 emulated in software is slower than that."""
-    if precision != "auto":
-        return precision
+    """What `auto` means on a device: bfloat16 emulated in software is slower than the authors' float32."""
     hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if hardware else "float32"
+    return precision if precision != "auto" else "bfloat16" if hardware else "float32"
 
 
 def command(main):
     """Run a script's main: a user's mistake is one line and exit code 2."""
-    warnings.showwarning = lambda message, *_, **__: data.RANK0 and print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: processes()[0] or print(f"warning: {message}", file=sys.stderr)
     try:
         main()
         if dist.is_initialized():
@@ -312,11 +295,10 @@ def command(main):
         print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if not data.RANK0:
-            sys.exit(130)
         last = Path(command.folder or "no run yet") / "last.pt"
-        print("\ninterrupted: " + (f"go on with python {sys.argv[0]} --resume {last}" if last.exists() else
-                                    "no epoch is complete, so there is nothing to resume"), file=sys.stderr)
+        processes()[0] or print("\ninterrupted: " + (
+            f"go on with python {sys.argv[0]} --resume {last}" if last.exists() else
+            "no epoch is complete, so there is nothing to resume"), file=sys.stderr)
         sys.exit(130)
 
 
@@ -345,17 +327,27 @@ def build_network(args, checkpoint=None, device=torch.device("cpu")):
             raise UserError(f"the checkpoint does not hold the network its settings name ({args.arch}, "
                             f"D = {args.embed_dim}): {str(error).splitlines()[-1].strip()[:100]}") from None
     network.precision = backbone_precision(vars(args).get("precision", "auto"), device)
-    return network.to(device, memory_format=torch.channels_last)      # the faster layout for convolutions, CPU and GPU
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def load_network(path, device="auto"):
+    """(network, prepare) of a run's best.pt or last.pt, without gradients: `prepare` makes a PIL image, or a file, the
+    (3, H, W) uint8 tensor of which `network` takes batches. UserError for what is no checkpoint."""
+    checkpoint = load_checkpoint(path, "checkpoint")
+    args = argparse.Namespace(**checkpoint["args"])
+    network = build_network(args, checkpoint, make_device(device)).eval().requires_grad_(False)
+    transform = data.test_transform(args.image_size, args.augment)
+    return network, lambda image: transform(data.read_image(image, transform))
 
 
 def load_splits(args):
     """(training, validation or None, test) Splits of a run."""
     rank, world = processes()
-    for turn in range(min(world, 2)):       # rank 0 comes first: it may have to download
-        if (rank > 0) == turn:
-            train, test = data.load(args.dataset, args.data_root)
-        if world > 1:
-            dist.barrier()
+    if rank:
+        dist.barrier()                      # rank 0 comes first: it may have to download
+    train, test = data.load(args.dataset, args.data_root)
+    if world > 1 and not rank:
+        dist.barrier()
     if args.corrupt:
         train, test = data.corrupted(train, seed=1), data.corrupted(test, seed=2)
     if args.val_fraction:
@@ -367,11 +359,6 @@ def load_splits(args):
 # `torchrun --nproc_per_node=N nir.py ...` starts N processes. Each embeds its share of every batch, then all embeddings
 # are gathered. So each computes the same loss of the whole batch, from the same random numbers; rank 0 alone writes.
 
-def processes():
-    """(rank of this process, number of processes)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def join_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -382,25 +369,18 @@ def join_processes(device):
             sys.stdout = open(os.devnull, "w")
 
 
-class Gather(torch.autograd.Function):
-    """Every process's rows (n, ...), one below the other: (N n, ...)."""
-
-    @staticmethod
-    def forward(ctx, rows):
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
+def gather(rows):
+    """Every process's rows (n, ...), one below the other: (N n, ...). A gradient reaches the own rows."""
+    rank, world = processes()
+    if world == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    dist.all_gather(parts, rows.detach().contiguous())
+    if rows.requires_grad:
         # The loss is the same everywhere, so the gradient of the own rows is here already. Over the processes the
         # network's gradients add up, where DistributedDataParallel takes the mean: hence times N.
-        rank, world = processes()
-        return world * grad.chunk(world)[rank]
-
-
-def gather(rows):
-    return Gather.apply(rows) if dist.is_initialized() else rows
+        parts[rank] = parts[rank] + world * (rows - rows.detach())
+    return torch.cat(parts)
 
 
 class Model(nn.Module):
@@ -426,19 +406,14 @@ def embed(network, split, args, device, what="embedding"):
     images = data.Images(split, data.test_transform(args.image_size, args.augment))
     share = torch.utils.data.DistributedSampler(images, world, rank, shuffle=False)             # every world-th image
     loader = torch.utils.data.DataLoader(images, batch_size=128, sampler=share, num_workers=args.workers)
-    rows = []
-    for images, _ in progress(loader, len(loader), what):
-        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        rows.append(network(images))
-    rows = torch.cat(rows)
+    rows = torch.cat([network(images) for images, _ in progress(loader, len(loader), what)])
     return gather(rows).view(world, *rows.shape).transpose(0, 1).flatten(0, 1)[:len(split.images)]
 
 
 def gradient_shares(terms, embeddings):
     """Each term's share of the gradient that reaches the embeddings: its Frobenius norm over the sum of the norms."""
-    norms = {name: 0.0 if not term.requires_grad else
-             float(torch.autograd.grad(term, embeddings, retain_graph=True)[0].norm())
-             for name, term in terms.items()}
+    norms = {name: float(torch.autograd.grad(term, embeddings, retain_graph=True)[0].norm()) if term.requires_grad
+             else 0.0 for name, term in terms.items()}
     total = sum(norms.values()) or 1.0
     return {f"grad_share_{name}": norm / total for name, norm in norms.items()}
 
@@ -446,10 +421,9 @@ def gradient_shares(terms, embeddings):
 def train(args, criterion, name, setup=None):
     """Train, select, evaluate: the whole protocol. Files go to args.out or runs/`name`; returns the final metrics.
 
-    `criterion(num_classes)` makes the loss; `setup(criterion, network, train_split, args, device)` may prepare it
-    before the first epoch (a warm start). Everything random follows from --seed and the epoch, so on the CPU a run that
-    is resumed at an epoch's beginning computes the very numbers that it would have computed without the stop. (On a GPU
-    nearly so: there sums of floats are taken in changing order.)
+    `criterion(num_classes)` makes the loss; `setup(criterion, network, train_split, args, device)` may prepare it (a
+    warm start). Everything random follows from --seed and the epoch, so on the CPU a resumed run computes the very
+    numbers of one that was not stopped. (On a GPU nearly so: there sums of floats are taken in changing order.)
     """
     device = make_device(args.device)
     join_processes(device)
@@ -470,10 +444,9 @@ def train(args, criterion, name, setup=None):
     model = Model(network, criterion)
     out = run_folder(args, name)
 
-    embedding = list(network.embedding.parameters())
-    optimizer = torch.optim.Adam(
-        [{"params": list(network.backbone.parameters()), "lr": args.lr, "weight_decay": args.weight_decay},
-         {"params": embedding, "lr": args.lr, "weight_decay": args.weight_decay}, *criterion.groups(args.lr)])
+    optimizer = torch.optim.Adam([
+        *({"params": list(part.parameters()), "lr": args.lr, "weight_decay": args.weight_decay}
+          for part in (network.backbone, network.embedding)), *criterion.groups(args.lr)])
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_steps, args.lr_gamma)
     history, best, first = [], -1.0, 0
     if checkpoint:
@@ -492,7 +465,6 @@ def train(args, criterion, name, setup=None):
         data.Images(train_split, data.train_transform(args.image_size, args.augment)), batch_sampler=batches,
         num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
     judge, judged = (val_split, "val") if val_split else (test_split, "test")
-    ks = evaluate.usual_ks(args.dataset)
     print(f"{name}: {len(train_split.images)} images of {len(train_split.class_names)} classes train, "
           f"{len(test_split.images)} of {len(test_split.class_names)} test, on {device}; files in {out}", flush=True)
 
@@ -505,9 +477,7 @@ def train(args, criterion, name, setup=None):
             model = nn.parallel.DistributedDataParallel(Model(network, criterion))
         sums, shares, start = {}, {}, time.monotonic()
         for step, (images, labels) in enumerate(progress(loader, len(loader), f"epoch {epoch + 1}")):
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            terms, embeddings, labels = model(images, labels)
+            terms, embeddings, labels = model(images, labels.to(device, non_blocking=True))
             loss = sum(terms.values())
             if not torch.isfinite(loss):
                 bad = [term for term, value in terms.items() if not torch.isfinite(value)] or ["sum"]
@@ -518,8 +488,7 @@ def train(args, criterion, name, setup=None):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for term, value in terms.items():
-                sums[term] = sums.get(term, 0.0) + value.detach()
+            sums = {term: sums.get(term, 0.0) + value.detach() for term, value in terms.items()}
         for buffer in network.buffers() if world > 1 else ():              # BatchNorm's averages: all take rank 0's
             dist.broadcast(buffer, 0)
         scheduler.step()
@@ -528,11 +497,10 @@ def train(args, criterion, name, setup=None):
         row = {"epoch": epoch + 1, **{term: float(value) / len(loader) for term, value in sums.items()}, **shares,
                "seconds": seconds, f"{judged}_recall@1": recall}
         history = history + [row]
-        rate = len(loader) * args.batch_size / seconds
         left = int((args.epochs - epoch - 1) * (time.monotonic() - start))
         print(f"epoch {epoch + 1:3d}/{args.epochs}  " + "  ".join(f"{term} {row[term]:.4g}" for term in sums) +
-              f"  {rate:.0f} images/s  {left // 60}:{left % 60:02d} left  {judged} Recall@1 {100 * recall:.1f}",
-              flush=True)
+              f"  {len(loader) * args.batch_size / seconds:.0f} images/s  {left // 60}:{left % 60:02d} left"
+              f"  {judged} Recall@1 {100 * recall:.1f}", flush=True)
         content = {"args": vars(args), "network": network.state_dict(), "criterion": criterion.state_dict(),
                    "epoch": epoch + 1, "best": max(best, recall), "history": history}
         if recall > best:
@@ -549,8 +517,9 @@ def train(args, criterion, name, setup=None):
     for title in ("last", "best"):
         saved = load_checkpoint(out / f"{title}.pt", "checkpoint")
         rows = embed(build_network(args, saved, device), test_split, args, device)
-        columns[title] = {"epoch": saved["epoch"], **evaluate.all_metrics(rows, test_split.labels.to(device), ks),
-                          **evaluate.uncertainty(rows, test_split.labels, test_split.ambiguity)[0]}
+        metrics = evaluate.all_metrics(rows, test_split.labels.to(device), evaluate.usual_ks(args.dataset))
+        metrics.update(evaluate.uncertainty(rows, test_split.labels, test_split.ambiguity)[0])
+        columns[title] = {"epoch": saved["epoch"], **metrics}
     print(f"\ntest classes; the best epoch is chosen by {judged} Recall@1\n" + evaluate.table(columns), flush=True)
     save_file(out / "results.json", json.dumps(columns, indent=1))
     print(f"\npictures: python evaluate.py --checkpoint {out / 'best.pt'} --pictures")
@@ -558,18 +527,26 @@ def train(args, criterion, name, setup=None):
 
 
 def run_folder(args, name):
-    """Make the run's folder and write its settings; never over another run's checkpoint."""
+    """Make the run's folder and write its settings: never over another run's checkpoint, and a new folder, also among
+    runs that start together, where the name is ours to choose."""
+    rank, world = processes()
     out = Path(args.out or f"runs/{name}")
-    if not args.resume and (out / "last.pt").exists():
-        if args.out:
-            raise UserError(f"--out {out} already holds a run: resume it with --resume {out / 'last.pt'}, "
-                            "or give another folder")
-        number = 2
-        while (Path(f"{out}-{number}") / "last.pt").exists():
-            number += 1
-        out = Path(f"{out}-{number}")
+    if args.out and not args.resume and (out / "last.pt").exists():
+        raise UserError(f"--out {out} already holds a run: resume it with --resume {out / 'last.pt'}, "
+                        "or give another folder")
     with data.clear_errors(f"making the folder {out}", "give another one with --out"):
-        out.mkdir(parents=True, exist_ok=True)
+        if args.out:
+            out.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2) if not args.out and rank == 0 else ():
+            try:
+                out.mkdir(parents=True)              # two runs that only asked first could find the same name free
+                break
+            except FileExistsError:
+                out = Path(f"runs/{name}-{number}")
+    if world > 1:
+        chosen = [out]
+        dist.broadcast_object_list(chosen)
+        out = chosen[0]
     args.out = command.folder = str(out)
     if not args.resume:
         script = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]

@@ -20,9 +20,13 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+# Before torch is loaded, so scripts import this file first: OpenMP's idle threads would spin and starve other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import scipy.io
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torchvision import transforms
 
@@ -31,7 +35,9 @@ class UserError(ValueError):
     """A user's mistake: one sentence that names the file, option or value and says what to do."""
 
 
-RANK0 = os.environ.get("RANK", "0") == "0"        # of several processes that torchrun starts, this one speaks
+def processes():
+    """(rank of this process, number of processes) of those that torchrun has started; rank 0 speaks and writes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class Split(NamedTuple):
@@ -47,10 +53,10 @@ def progress(items, total, what):
     """Yield from `items` while showing how far `what` is and the time left: one line in a terminal, a plain line a
     minute in a log file."""
     start = shown = time.monotonic()
-    terminal = sys.stderr.isatty()
+    terminal, speaks = sys.stderr.isatty(), processes()[0] == 0
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and RANK0 and now - shown > (0.5 if terminal else 60):
+        if done and speaks and now - shown > (0.5 if terminal else 60):
             left = int((now - start) / done * (total - done))
             text = f"  {what} {done}/{total}, {left // 60}:{left % 60:02d} left"
             print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
@@ -163,12 +169,27 @@ def load_sop(root):
     return tuple(splits)
 
 
+def pictures_below(folder):
+    """Sorted paths of the pictures at any depth below a folder, but for what is hidden."""
+    kinds = set(Image.registered_extensions())
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds and not p.is_dir()
+                  and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def load_pictures(folder):
+    """A Split of all pictures below a folder. Their classes are its sub-folders, "" for pictures that are in none."""
+    paths = pictures_below(folder)
+    if not paths:
+        raise UserError(f"{folder} is no folder, or there is no image below it: give one with images")
+    names, labels = np.unique([(*path.relative_to(folder).parts[:-1], "")[0] for path in paths], return_inverse=True)
+    return Split(paths, torch.as_tensor(labels), names.tolist())
+
+
 def load_folder(root):
     """One's own photographs, one sub-folder per class: the first half of the sorted class folders trains."""
-    kinds = set(Image.registered_extensions())
     paths, labels, names = [], [], []
     for folder in sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith(".")):
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and not p.name.startswith("."))
+        files = pictures_below(folder)
         if not files:
             warnings.warn(f"{folder} holds no image and is left out")
             continue
@@ -240,10 +261,11 @@ def clear_errors(action, remedy):
     """Turn what can go wrong between a server and a disk into one sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, RuntimeError) as error:       # the latter is what torch.save makes of a full disk
+        if getattr(error, "errno", None) == errno.ENOSPC:
             remedy = "the disk is full: make room and run again"
-        raise UserError(f"{action} failed ({getattr(error, 'reason', error)}); {remedy}") from None
+        reason = str(getattr(error, "reason", error)).partition("\n")[0]
+        raise UserError(f"{action} failed ({reason}); {remedy}") from None
 
 
 def check_md5(path, md5):
@@ -387,12 +409,32 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # ImageNet's, of red, green and blue in [0, 1]
 
 
-def read_image(source):
-    """A path or a uint8 array (H, W) as an RGB picture; grey, palette, RGBA and CMYK files are converted."""
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source).convert("RGB")
+def reduction(transform, width, height):
+    """1, 2, 4 or 8: by how much a JPEG may be reduced in decoding, which is several times faster, such that `transform`
+    enlarges nothing that it would not have enlarged anyway. Resize takes the short side. RandomResizedCrop's narrowest
+    crop is sqrt(least area x least ratio x width x height) pixels wide, or as the short side if that is less. Below a
+    megapixel there is little to gain, and the answer 1."""
+    first, short, possible = next(iter(getattr(transform, "transforms", ())), None), min(width, height), 1
+    if isinstance(first, transforms.RandomResizedCrop):
+        ratio = min(first.ratio[0], 1 / first.ratio[1])
+        possible = min(math.sqrt(first.scale[0] * ratio * width * height), short) / max(first.size)
+    elif isinstance(first, transforms.Resize) and isinstance(first.size, int):
+        possible = short / first.size
+    return max(scale for scale in (1, 2, 4, 8) if scale == 1 or scale <= possible and width * height >= 2 ** 20)
+
+
+def read_image(source, transform=None):
+    """A path, a uint8 array (H, W) or a PIL image as an RGB picture; grey, palette, RGBA and CMYK are converted. A large
+    JPEG file is decoded at the size that `transform`, which is to come, has use for."""
     try:
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source)
+        if isinstance(source, Image.Image):
+            return source.convert("RGB")
         with Image.open(source) as image:
+            scale = reduction(transform, *image.size)
+            if scale > 1:                                           # files of other formats take no notice
+                image.draft(None, (image.width // scale, image.height // scale))
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{source} is not a readable image ({error}): replace or remove it") from None
@@ -446,7 +488,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, seed = item if isinstance(item, (tuple, list)) else (item, 0)
-        image = read_image(self.split.images[index])
+        image = read_image(self.split.images[index], self.transform)
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
         image = self.transform(image)

@@ -6,6 +6,7 @@ finished runs over their seeds. Everything is exact, needs no pairwise matrix in
 Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
+    python evaluate.py --checkpoint runs/NAME/best.pt --embeddings photos.npz --images my_photos
     python evaluate.py --compare runs/A-seed* runs/B-seed* --baseline runs/A-seed0 --out comparison.md
 """
 import argparse
@@ -16,13 +17,13 @@ import re
 import warnings
 from pathlib import Path
 
+import data                                               # before torch: see its first lines
 import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
 
-import data
 from data import UserError, progress
 
 CHUNK = 2 ** 25    # entries of an (N, N) matrix held at a time: 128 MiB in float32
@@ -34,8 +35,7 @@ def check(embeddings, labels=None):
     """(embeddings in float32 or float64 without gradient, labels renumbered 0 .. C-1), or a UserError."""
     if embeddings.dim() != 2 or embeddings.shape[0] < 2 or embeddings.shape[1] < 1:
         raise UserError(f"embeddings of shape {tuple(embeddings.shape)} cannot be evaluated: give (N, D) with N >= 2")
-    if not embeddings.isfinite().all():
-        bad = int((~embeddings.isfinite()).any(1).sum())
+    if bad := int((~embeddings.isfinite()).any(1).sum()):
         raise UserError(f"{bad} of {len(embeddings)} embeddings hold NaN or infinity: the network has diverged, "
                         "try a smaller learning rate")
     embeddings = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -130,7 +130,8 @@ def mean_average_precisions(embeddings, labels, ks):
 def mean_average_precision(embeddings, labels, k=1000):
     """mAP@k in [0, 1] by cosine: the precision at each relative within the k nearest, summed, over min(R, k).
 
-    R is the query's number of relatives. (The authors' mAP@1000 divides by the class's size with the query in it.) Ties, queries without relatives and errors as in `recall_at_k`.
+    R is the query's number of relatives. (The authors' mAP@1000 divides by the class's size with the query in it.) Ties,
+    queries without relatives and errors as in `recall_at_k`.
     """
     return mean_average_precisions(embeddings, labels, [k])[0]
 
@@ -309,15 +310,24 @@ def style(name, size=1.0):
     return (1, ".2g", "") if name.startswith("grad_share_") and abs(size) < 1e-3 else (100, ".1f", " %")
 
 
+def spread(name, values, paired=False):
+    """Text "mean ± sample deviation" of a metric's values, or of paired differences "mean [low, high]", Student's 95 %
+    interval. A value that is missing is nan; then the number of the others is told, too."""
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 1 + paired:
+        return "-"
+    factor, digits, unit = style(name, np.mean(known))
+    mean, text = factor * np.mean(known), ""
+    if len(known) > 1:
+        deviation = factor * np.std(known, ddof=1)
+        half = scipy.stats.t.ppf(0.975, len(known) - 1) * deviation / math.sqrt(len(known))
+        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {deviation:{digits.replace('4', '2')}}"
+    return f"{mean:{'+' * paired}{digits}}{text}{unit}" + (f" (n = {len(known)})" if len(known) < len(values) else "")
+
+
 def table(columns):
     """Plain text of {title: metrics}: a row per metric, fractions in percent, "-" where a column lacks the metric."""
-    def cell(name, metrics):
-        if name not in metrics:
-            return "-"
-        factor, digits, unit = style(name, metrics[name])
-        return f"{factor * metrics[name]:{digits}}{unit}"
-
-    return aligned(columns, cell)
+    return aligned(columns, lambda name, metrics: spread(name, [metrics.get(name, math.nan)]))
 
 
 def aligned(columns, cell):
@@ -438,21 +448,6 @@ def group_names(groups):
     return names
 
 
-def spread(name, values, paired=False):
-    """Text "mean ± sample deviation" of a metric's values, or of paired differences "mean [low, high]", Student's 95 %
-    interval. A value that is missing is nan; then the number of the others is told, too."""
-    known = [value for value in values if not math.isnan(value)]
-    if len(known) < 1 + paired:
-        return "-"
-    factor, digits, unit = style(name, np.mean(known))
-    mean, text = factor * np.mean(known), ""
-    if len(known) > 1:
-        deviation = factor * np.std(known, ddof=1)
-        half = scipy.stats.t.ppf(0.975, len(known) - 1) * deviation / math.sqrt(len(known))
-        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {deviation:{digits}}"
-    return f"{mean:{'+' * paired}{digits}}{text}{unit}" + (f" (n = {len(known)})" if len(known) < len(values) else "")
-
-
 def compare(folders, baseline=None, metrics=HEADLINE):
     """Markdown: commands, a table with a row for each group of runs that differ by seed alone, and what was left out.
 
@@ -520,12 +515,15 @@ def main(argv=None):
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="best.pt or last.pt of a run; its settings are used")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="folders of finished runs: a table over their seeds")
-    p.add_argument("--data_root", help="where the data set is now (default: where it was)")
-    p.add_argument("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
-    p.add_argument("--retrieval", choices=("cosine", "elk"), default="cosine",
-                   help="elk: Recall@k by the kernel of the embeddings' vMF distributions beside it (default: cosine)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    p.add_argument("--workers", type=int, help="processes that load images (default: as in the run)")
+    add = p.add_argument
+    add("--data_root", help="where the data set is now (default: where it was)")
+    add("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
+    add("--retrieval", choices=("cosine", "elk"), default="cosine",
+        help="elk: Recall@k by the kernel of the embeddings' vMF distributions beside it (default: cosine)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add("--workers", type=common.not_negative(int), help="processes that load images (default: as in the run)")
+    add("--embeddings", metavar="FILE.npz", help="write the test images' embeddings, labels, class_names, paths, norms")
+    add("--images", metavar="FOLDER", help="with --embeddings: of all pictures below it, and nothing else")
     add = p.add_argument_group("with --compare").add_argument
     add("--baseline", metavar="RUN", help="a run of the group to which the others' differences are shown")
     add("--metrics", nargs="+", metavar="NAME", help="of results.json, or of log.csv: grad_share_nir (last epoch), "
@@ -534,20 +532,33 @@ def main(argv=None):
     given = p.parse_args(argv)
     if given.checkpoint and (given.baseline or given.metrics or given.out):
         p.error("--baseline, --metrics and --out belong to --compare")
+    if given.compare and given.embeddings or given.images and not given.embeddings:
+        p.error("--images belongs to --embeddings, and that to --checkpoint")
+    if given.images and (given.pictures or given.retrieval != "cosine" or given.data_root):
+        p.error("--images is not the data set: leave --data_root, --pictures and --retrieval out")
+    if given.embeddings and not Path(given.embeddings).absolute().parent.is_dir():
+        raise UserError(f"--embeddings {given.embeddings} would lie in a folder that does not exist: make it first")
     if given.compare:
         text = compare(given.compare, given.baseline, given.metrics or HEADLINE)
         print(text)
         if given.out:
-            with data.clear_errors(f"writing {given.out}", "give another file with --out"):
-                Path(given.out).write_text(text, encoding="utf-8")
+            common.save_file(given.out, text)
             print(f"table written to {given.out}")
         return
     checkpoint = common.load_checkpoint(given.checkpoint, "--checkpoint")
     changed = {key: value for key, value in vars(given).items() if value is not None}
     args = argparse.Namespace(**{**checkpoint["args"], **changed})
     device, folder = common.make_device(args.device), Path(given.checkpoint).parent
-    test = common.load_splits(args)[2]
+    test = data.load_pictures(given.images) if given.images else common.load_splits(args)[2]
     embeddings = common.embed(common.build_network(args, checkpoint, device), test, args, device)
+    if given.embeddings:
+        paths = [str(i if isinstance(image, np.ndarray) else image) for i, image in enumerate(test.images)]
+        arrays = {"embeddings": embeddings.float().cpu().numpy(), "labels": test.labels.numpy(), "paths": np.array(paths),
+                  "class_names": np.array(test.class_names), "norms": embeddings.float().norm(dim=1).cpu().numpy()}
+        common.save_file(given.embeddings, lambda file: np.savez(file, **arrays))
+        print(f"embeddings of {len(paths)} images written to {given.embeddings}")
+    if given.images:
+        return
     ks = usual_ks(args.dataset)
     certainty, curve = uncertainty(embeddings, test.labels, test.ambiguity)
     metrics = {"epoch": checkpoint["epoch"], **all_metrics(embeddings, test.labels, ks), **certainty}
@@ -565,6 +576,7 @@ def main(argv=None):
     if given.pictures:
         def image(i):                              # as the network sees it
             return shown[i][0] / 255
+
         shown = data.Images(test, data.test_transform(args.image_size, args.augment))
         save_retrieval(folder / "retrieval.png", image, embeddings, test.labels)
         save_norm_extremes(folder / "norms.png", image, embeddings, test.labels)

@@ -13,12 +13,12 @@ In reading order: three proxy losses; the GLOW flow; the NIR term on top of a lo
 """
 import math
 
+import common                                             # before torch: see data.py's first lines
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from common import full_precision
 from data import UserError
 

@@ -16,12 +16,12 @@ settings - main.
 import math
 from functools import partial
 
+import common                                             # before torch: see data.py's first lines
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 import nir
 from data import UserError
 

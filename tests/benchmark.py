@@ -15,13 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common                                             # before torch: see data.py's first lines
+import numpy as np
 import scipy.spatial
+import scipy.special
 import torch
 import torch.nn.functional as F
-import torchvision
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
 import data
 import evaluate
 import nir
@@ -148,7 +150,7 @@ def loop_prob(module, embeddings, labels):
         if module.metric == "cosine":
             similarity = (mu1 * mu).sum(1)
         elif module.metric == "l2":
-            similarity = -(e - module.proxies).square().sum(1)
+            similarity = -(e - K * mu).square().sum(1)
         elif module.metric == "loglik":
             similarity = log_q(mu1[None])[0]
         elif module.metric == "kl":
@@ -163,6 +165,53 @@ def loop_prob(module, embeddings, labels):
             z = prob_dml.sample_vmf(mu1, k1[None], module.samples)
             log_p = prob_dml.vmf_log_prob(z[:, 0], mu1, k1)                                                     # (S,)
             similarity = (r * log_q(z) + (r - 1) * log_p[:, None]).logsumexp(0) - math.log(module.samples)
+        losses.append(F.cross_entropy(similarity / module.temperature, label))
+    return torch.stack(losses).mean()
+
+
+class BesselNormalizer(torch.autograd.Function):
+    """log C_D(kappa) as scipy has it, with its derivative, minus the ratio of two Bessel functions."""
+
+    @staticmethod
+    def forward(ctx, kappa, D):
+        k, v = kappa.detach().double().cpu().numpy(), D / 2 - 1
+        bessel = scipy.special.ive(v, k)                                                        # exp(-k) I_v(k)
+        ctx.save_for_backward(kappa.new_tensor(scipy.special.ive(v + 1, k) / bessel))
+        return kappa.new_tensor(v * np.log(k) - (v + 1) * math.log(2 * math.pi) - np.log(bessel) - k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad * ctx.saved_tensors[0], None
+
+
+def wood_sample(mu, kappa, D):
+    """One sample (D,) by Wood's rejection step as he gives it; the accepted proposal is differentiated."""
+    b = (D - 1) / (2 * kappa + (4 * kappa ** 2 + (D - 1) ** 2).sqrt())
+    x0 = (1 - b) / (1 + b)
+    c = kappa * x0 + (D - 1) * (1 - x0 ** 2).log()
+    beta = torch.distributions.Beta(torch.full_like(kappa, (D - 1) / 2), torch.full_like(kappa, (D - 1) / 2))
+    accepted = False
+    while not accepted:
+        e = beta.sample()
+        w = (1 - (1 + b) * e) / (1 - (1 - b) * e)
+        accepted = kappa * w + (D - 1) * (1 - x0 * w).log() - c >= torch.rand_like(w).log()
+    v = torch.randn_like(mu)
+    v = F.normalize(v - (v * mu).sum() * mu, dim=0)
+    return w * mu + (1 - w ** 2).sqrt() * v
+
+
+def loop_elk(module, embeddings, labels):
+    """EL-nivMF as one writes it down: image by image, sample by sample, with nothing of prob_dml.py. The classes' part,
+    which all images share, is taken out of the loop."""
+    mu, K, D = F.normalize(module.proxies), module.concentrations, embeddings.shape[1]
+    Kmu, losses = K * mu, []
+    log_factor = BesselNormalizer.apply(Kmu.norm(dim=1), D) + K.log().sum(1)                                # (C,)
+    for e, label in zip(embeddings, labels):
+        log_q = []
+        for _ in range(module.samples):
+            Kz = K * wood_sample(F.normalize(e, dim=0), e.norm(), D)                                        # (C, D)
+            log_q.append(log_factor + (Kz * Kmu).sum(1) / Kz.norm(dim=1) - D * Kz.norm(dim=1).log())        # (C,)
+        similarity = torch.stack(log_q).logsumexp(0) - math.log(module.samples)
         losses.append(F.cross_entropy(similarity / module.temperature, label))
     return torch.stack(losses).mean()
 
@@ -191,8 +240,11 @@ def losses(B=90, C=100, D=512, S=5, repeats=7):
             module = prob_dml.ProbabilisticProxies(C, D, metric, proxy, samples=S, temperature=1.0,
                                                    concentration_init=18).to(DEVICE)
             module.proxy = proxy
-            compare(f"{metric}, {proxy} proxies", lambda: module(embeddings, labels),
-                    lambda: loop_prob(module, embeddings, labels), proxy == "vmf" or metric == "loglik")
+            plain = (metric, proxy) == ("elk", "nivmf")
+            compare(f"{metric}, {proxy} proxies" + ", the loop with a plain sampler and normaliser" * plain,
+                    lambda: module(embeddings, labels),
+                    lambda: (loop_elk if plain else loop_prob)(module, embeddings, labels),
+                    proxy == "vmf" or metric == "loglik")
     module = prob_dml.ProbabilisticProxies(11318, D, temperature=1.0, concentration_init=18).to(DEVICE)
     embeddings = embeddings.detach().repeat(math.ceil(90 / B), 1)[:90].requires_grad_()
     labels, took = labels.repeat(math.ceil(90 / B))[:90], []
@@ -243,6 +295,35 @@ def whole_step(folder, batch, size, steps):
     return float(list(csv.DictReader(open(f"{folder}/run{batch}/log.csv")))[1]["seconds"]) / steps
 
 
+def jpeg(path, width=500, height=375):
+    noise = (255 * torch.rand(30, 40, 3)).to(torch.uint8).numpy()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).save(path)
+
+
+def worker_rate(images, count):
+    """Images per second of one worker process of a DataLoader, from its first batch of 10 on."""
+    sampler = [[i % len(images) for i in range(start, start + 10)] for start in range(0, count + 10, 10)]
+    loader, arrived = torch.utils.data.DataLoader(images, batch_sampler=sampler, num_workers=1), []
+    for _ in loader:
+        arrived.append(time.perf_counter())
+    return count / (arrived[-1] - arrived[0])
+
+
+def loading(count, size=224):
+    """A worker's images per second, beside those without a smaller decoding."""
+    header(f"one worker of a DataLoader, {size} pixels", "every JPEG decoded in full (ratio: ours / reference)")
+    with tempfile.TemporaryDirectory() as folder:
+        for what, width, height, few in (("CUB-size", 500, 375, count), ("12-megapixel", 4000, 3000, count // 4)):
+            jpeg(f"{folder}/{width}.jpg", width, height)
+            for kind, transform in (("training", data.train_transform), ("test", data.test_transform)):
+                images = data.Images(data.Split([f"{folder}/{width}.jpg"], torch.zeros(1), ["a"]), transform(size, "photo"))
+                ours, reduction = worker_rate(images, few), data.reduction
+                data.reduction = lambda *_: 1
+                full, data.reduction = worker_rate(images, few), reduction
+                print(f"{f'{kind}, {what} JPEG, {width} x {height}':64s} {ours:12.4g} {full:12.4g} {ours / full:8.2f}  images/s",
+                      flush=True)
+
+
 def network(batch, steps, size=224):
     step = bare_step(batch, size, autocast=DEVICE.type == "cuda")
     bare = seconds(step, repeats=steps)[0]
@@ -251,17 +332,14 @@ def network(batch, steps, size=224):
         for c in range(batch):                     # half of the classes train: as many as a batch needs
             (Path(folder) / f"photos/{c:03d}").mkdir(parents=True)
             for i in range(2 * steps if c < batch // 2 else 2):
-                picture = torchvision.transforms.functional.resize((255 * torch.rand(3, 30, 40)).to(torch.uint8), [375, 500])
-                torchvision.transforms.functional.to_pil_image(picture).save(f"{folder}/photos/{c:03d}/{i}.jpg")
+                jpeg(f"{folder}/photos/{c:03d}/{i}.jpg")
         out, sys.stdout = sys.stdout, sys.stderr                                 # the run's own lines are not the table's
         whole = whole_step(folder, batch, size, steps)
         sys.stdout = out
         line("bare step / whole step of nir.py with loading", bare, whole, note="here the ratio is what the rest costs")
         images = data.Images(data.load("folder", f"{folder}/photos")[0], data.train_transform(size, "photo"))
-        loading = seconds(lambda: [images[i] for i in range(min(64, len(images)))], repeats=3)[0] / min(64, len(images))
-    line("network, images/s", batch / bare, unit="images/s")
-    line("data loading, images/s of one worker", 1 / loading, unit="images/s",
-         note=f"{batch / bare * loading:.2f} workers keep the network busy")
+        rate = worker_rate(images, 60)
+    line("network, images/s", batch / bare, unit="images/s", note=f"{batch / bare / rate:.2f} workers keep it busy")
     C = 100
     for what, criterion in (
             ("ProxyAnchor + NIR (proxies, flow, Adam)", nir.NIR(nir.ProxyAnchor(C, 512), 512)),
@@ -286,5 +364,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     retrieval(*((8000, 256) if quick else (60502, 1024)))
     losses(*((30, 50, 128) if quick else ()), repeats=3 if quick else 7)
+    loading(*((40,) if quick else (400,)))
     torch.set_num_threads(threads)
     network(*((8, 2) if quick else (90, 3)))

@@ -1,13 +1,18 @@
 """The network, the loop and its checkpoints; whole runs as a user starts them; every mistake in one sentence."""
+import argparse
+import concurrent.futures
 import csv
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -178,6 +183,13 @@ def test_ones_own_backbone_trains_from_its_weights_and_is_offered(photos, tmp_pa
     assert "own" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(UserError, match="--arch other is not known here: choose .*own"):
         common.Network("other", 4)
+
+
+def test_the_network_moves_its_input_to_its_own_device():
+    with FakeTensorMode():
+        network = on("cuda", common.Network("conv4", 8, 32))
+        for images in (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 32, 32)):
+            assert images.device.type == "cpu" and network(images).device.type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------ precision
@@ -380,6 +392,47 @@ def test_a_run_never_overwrites_another(photos, tmp_path, monkeypatch):
         (tmp_path / name / "last.pt").touch()
 
 
+def test_runs_of_one_name_that_start_together_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = threading.Barrier(8)
+
+    def begin(number):
+        args = argparse.Namespace(out=None, resume=None, number=number)
+        start.wait()
+        return args, common.run_folder(args, "x")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(begin, range(8)))
+    assert {str(out) for _, out in made} == {"runs/x", *(f"runs/x-{i}" for i in range(2, 9))}
+    for args, out in made:
+        assert args.out == str(out) and json.loads((out / "args.json").read_text())["number"] == args.number
+
+
+def test_workers_are_as_many_as_the_cpus_that_each_process_may_use(monkeypatch):
+    def workers(*argv):
+        return common.parse(*_nir_parser(), list(argv)).workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert workers() == 24 and workers("--dataset", "toy") == 0 and workers("--dataset", "toy", "--workers", "3") == 3
+    for processes, expected in (("5", 4), ("24", 1), ("100", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert workers() == expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delattr(os, "sched_getaffinity")                                            # as on other systems
+    assert workers() == 7
+
+
+def test_one_function_says_which_process_this_is_and_rank_0_alone_speaks(monkeypatch, capsys):
+    assert common.processes is data.processes and data.processes() == (0, 1)
+    monkeypatch.setattr(warnings, "showwarning", None)
+    for rank in (0, 1):
+        for module in (common, data):
+            monkeypatch.setattr(module, "processes", lambda: (rank, 2))
+        monkeypatch.setattr(data.time, "monotonic", itertools.count(step=100).__next__)
+        common.command(lambda: [warnings.showwarning("careful")] + list(data.progress(range(3), 3, "counting")))
+        error = capsys.readouterr().err
+        assert ("counting 1/3" in error, "warning: careful" in error) == (rank == 0, rank == 0)
+
+
 def test_toy_training_beats_an_untrained_network_by_a_wide_margin(tmp_path):
     """A few epochs of the toy preset."""
     from evaluate import recall_at_k
@@ -393,7 +446,7 @@ def test_toy_training_beats_an_untrained_network_by_a_wide_margin(tmp_path):
 
 def _nir_parser():
     p = common.parser("", "")
-    for option in ("loss", "nir_weight", "nir_form", "proxy_weight", "proxy_lr", "flow_lr"):
+    for option in ("loss", "nir_weight", "nir_form", "nir_noise", "proxy_weight", "proxy_lr", "flow_lr"):
         p.add_argument(f"--{option}", default="proxyanchor" if option == "loss" else None)
     return p, nir.preset
 
@@ -418,6 +471,8 @@ class Code:
     (["--batch_size", "-2"], "-2 is not above zero"),
     (["--lr", "fast"], "invalid positive float value: 'fast'"),
     (["--nir_weight", "-1"], "--nir_weight: -1 is negative"),
+    (["--nir_weight", "much"], "invalid non-negative float value: 'much'"),
+    (["--warmup", "1.5"], "invalid non-negative int value: '1.5'"),
     (["--val_fraction", "1.5"], "--val_fraction 1.5 is not in [0, 1)"),
     (["--dataset", "toy", "--weights", "imagenet"], "--weights imagenet needs --arch resnet50"),
     (["--dataset", "toy", "--pooling", "double"], "--pooling double needs a backbone with a layer `avgpool`"),
@@ -535,6 +590,56 @@ def test_evaluate_runs_alone_on_a_checkpoint(trained):
     assert done.returncode == 2 and done.stderr.startswith("error: --checkpoint")
 
 
+def test_a_trained_network_embeds_pictures_of_any_mode_as_the_evaluation_does(trained, photos):
+    network, prepare = common.load_network(str(trained / "best.pt"), device="cpu")
+    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+    test = data.load("folder", photos)[1]
+    embeddings = network(torch.stack([prepare(Image.open(path)) for path in test.images]))
+    args = argparse.Namespace(**json.loads((trained / "args.json").read_text()))
+    torch.testing.assert_close(embeddings, common.embed(network, test, args, torch.device("cpu")), rtol=0, atol=0)
+    assert torch.equal(prepare(test.images[0]), prepare(Image.open(test.images[0])))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"):
+        image = Image.open(test.images[0]).convert("L" if mode in ("I;16", "F") else "RGB").convert(mode)
+        pixels = prepare(image)
+        assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
+        assert torch.equal(pixels, prepare(image.convert("RGB")))
+        assert network(torch.stack([pixels])).shape == (1, 8)
+
+
+@pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"text", "is not a checkpoint, or holds more"),
+                                              ({"epoch": 1}, "is not a checkpoint of these scripts")])
+def test_no_network_is_loaded_from_what_is_no_checkpoint(tmp_path, content, message):
+    if isinstance(content, bytes):
+        (tmp_path / "a.pt").write_bytes(content)
+    elif content:
+        torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"a.pt {message}") as caught:
+        common.load_network(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+
+
+WAITING = """
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ["OMP_WAIT_POLICY"])
+            os._exit(sys.stdout.flush() or 0)
+sys.meta_path.insert(0, Watch())
+sys.path.insert(0, sys.argv[1])
+__import__(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("script", ["nir", "prob_dml", "evaluate"])
+def test_idle_threads_sleep_in_every_script_unless_the_user_wants_otherwise(script):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for own, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run([sys.executable, "-c", WAITING, ROOT, script], capture_output=True, text=True,
+                              env={**environment, **own})
+        assert (done.stdout, done.stderr) == (expected + "\n", "")                  # so before torch was loaded
+
+
 def test_help_lists_every_option_with_its_default():
     done = run("--help")
     assert done.returncode == 0 and "nir_weight" in done.stdout and "Traceback" not in done.stderr
@@ -552,10 +657,10 @@ def test_real_drawings_train_and_evaluate(tmp_path):
 # ---------------------------------------------------------------------------------------------------- several processes
 
 SEVERAL = '''
-import sys
-import torch
+import os, sys
 sys.path.insert(0, {root!r})
 import common, nir, prob_dml
+import torch
 torch.set_default_dtype(torch.float64)
 
 class Network(common.Network):
@@ -572,7 +677,9 @@ settings = {settings!r} + ["--epochs", "2", "--warmup", "1"]
 nir.main(settings + ["--out", sys.argv[1] + "/nir", "--nir_form", "nll", "--nir_weight", "0.1"])
 prob_dml.main(settings + ["--out", sys.argv[1] + "/elk", "--guidance_weight", "1"])
 Network.frozen = False
-nir.main(settings + ["--out", sys.argv[1] + "/free", "--lr", "0.1"])
+os.makedirs(sys.argv[1] + "/runs/folder-proxyanchor-baseline-seed0", exist_ok=True)
+os.chdir(sys.argv[1])
+nir.main(settings + ["--lr", "0.1", "--nir_weight", "0"])                     # its name is taken: rank 0 finds another
 '''
 
 
@@ -599,8 +706,10 @@ def test_two_processes_train_what_one_does(photos, tmp_path):
             assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx(
                 {k: v for k, v in b.items() if k != "seconds"}, abs=1e-6)
     # Where BatchNorm learns, each process normalises by its own share; but all evaluate with the averages that are saved.
-    history = torch.load(tmp_path / "2/free/last.pt", weights_only=True)["history"]
-    saved = json.loads((tmp_path / "2/free/results.json").read_text())["last"]
+    free = tmp_path / "2/runs/folder-proxyanchor-baseline-seed0-2"
+    history = torch.load(free / "last.pt", weights_only=True)["history"]
+    saved = json.loads((free / "results.json").read_text())["last"]
+    assert len(list(free.parent.iterdir())) == 2
     assert history[-1]["test_recall@1"] == saved["recall@1"]
 
 

@@ -2,6 +2,7 @@
 import hashlib
 import http.server
 import io
+import math
 import os
 import re
 import shutil
@@ -156,6 +157,22 @@ def test_folder_takes_one_class_per_sub_folder_and_skips_empty_ones(tmp_path):
     assert train.class_names == ["a", "b"] and test.class_names == ["c", "d"]
     assert_labels_name_the_folders(train)
     assert_labels_name_the_folders(test)
+
+
+def test_pictures_of_any_folder_have_its_sub_folders_as_classes_and_hidden_ones_are_left_out(tmp_path):
+    shown = ["0.png", "a/1.png", "a/deep/2.jpg", "a-b/0.PNG", "c.png"]
+    for name in [*shown, ".hidden.png", "a/.1.png", ".cache/a.png", "a/.cache/a.png"]:
+        picture(tmp_path / name, format="PNG")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    split = data.load_pictures(tmp_path)
+    assert split.images == sorted(tmp_path / name for name in shown) and split.class_names == ["", "a", "a-b"]
+    assert [split.class_names[label] for label in split.labels] == [
+        path.relative_to(tmp_path).parts[0] if path.parent != tmp_path else "" for path in split.images]
+    single = data.load_pictures(str(tmp_path / "a" / "deep"))
+    assert single.class_names == [""] and single.labels.tolist() == [0]
+    for folder in (tmp_path / "none", tmp_path / "0.png", tmp_path / "a/.cache/none"):
+        with pytest.raises(UserError, match=f"{folder} is no folder, or there is no image below it"):
+            data.load_pictures(folder)
 
 
 def test_a_class_with_one_training_image_is_used_with_a_warning(tmp_path):
@@ -423,8 +440,10 @@ def test_toy_classes_are_non_isotropic_each_in_its_own_way():
 
 @pytest.mark.parametrize("mode, name", [("L", "a.png"), ("1", "a.png"), ("P", "a.gif"), ("RGBA", "a.png"), ("CMYK", "a.jpg")])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode, name):
-    image = data.read_image(picture(tmp_path / name, (255, 255, 255), mode=mode))
-    assert image.mode == "RGB" and np.asarray(image).min() > 250
+    path = picture(tmp_path / name, (255, 255, 255), mode=mode)
+    for source in (path, str(path), Image.open(path)):
+        image = data.read_image(source)
+        assert image.mode == "RGB" and np.asarray(image).min() > 250
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image"])
@@ -439,6 +458,61 @@ def test_a_truncated_image_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(UserError, match="cut.jpg is not a readable image"):
         data.read_image(path)
+
+
+TRANSFORMS = [(kind, size, augment, getattr(data, f"{kind}_transform")(size, augment))
+              for kind in ("train", "test") for size in (16, 64, 224, 448) for augment in ("photo", "light")]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_large_jpegs_are_decoded_at_the_scale_needed(tmp_path, mode):
+    path = tmp_path / "large.jpg"
+    gradient = np.add.outer(np.arange(300), np.arange(400)) * 255 // 700
+    Image.fromarray(gradient.astype(np.uint8)).resize((4000, 3000)).convert(mode).save(path)
+    assert data.read_image(path).size == (4000, 3000)
+    for transform, size in ((data.train_transform(224, "photo"), (2000, 1500)), (data.test_transform(224, "photo"), (500, 375)),
+                            (data.train_transform(224, "light"), (500, 375)), (lambda image: image, (4000, 3000))):
+        image = data.read_image(path, transform)
+        assert (image.mode, image.size) == ("RGB", size)
+    images = data.Images(data.Split([path], torch.zeros(1), ["a"]), data.test_transform(224, "photo"))
+    whole = images.transform(data.read_image(path))
+    assert images[0][0].shape == whole.shape and (images[0][0].float() - whole.float()).abs().max() <= 3
+
+
+@pytest.mark.parametrize("kind, size, augment, transform", TRANSFORMS)
+def test_nothing_is_enlarged_for_having_been_reduced(kind, size, augment, transform):
+    first, seen = transform.transforms[0], set()
+    area, ratio = (0.08, 3 / 4) if augment == "photo" else (0.6, 0.8)
+    sizes = [(1024, 1023), (1024, 1024), (1280, 853), (3456, 4608), (4000, 3000), (8000, 6000), (12000, 500), (700, 40000)]
+    sizes += np.random.default_rng(0).integers(200, 9000, (60, 2)).tolist()
+    for width, height in sizes:
+        scale = data.reduction(transform, width, height)
+        reduced = math.ceil(width / scale), math.ceil(height / scale)                       # what PIL makes of a JPEG
+        seen.add(scale)
+        if kind == "test":
+            needed, narrowest, found = first.size, min(width, height), min(reduced)
+        else:
+            needed, narrowest = size, min(width, height, (area * ratio * width * height) ** 0.5)
+            torch.manual_seed(0)
+            crops = [first.get_params(Image.new("1", reduced), first.scale, first.ratio)[2:] for _ in range(30)]
+            found = min(min(crop) for crop in crops)
+        assert scale == 1 or found >= needed
+        assert scale in (1, 2, 4, 8) and (scale == 1 or scale * needed <= narrowest)
+        assert scale == 8 or width * height < 2 ** 20 or 2 * scale * needed > narrowest            # and no smaller
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("name, size", [("a.jpg", (500, 375)), ("a.jpg", (375, 500)), ("a.jpg", (500, 500)), ("a.jpg", (231, 167)),
+                                        ("a.png", (500, 375)), ("a.png", (1300, 1100))])
+def test_pictures_as_small_as_cubs_and_other_formats_decode_as_ever_to_the_bit(tmp_path, name, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name)
+    expected = Image.open(tmp_path / name).convert("RGB")
+    for *_, transform in TRANSFORMS:
+        assert np.array_equal(data.read_image(tmp_path / name, transform), expected)
+    images = data.Images(data.Split([tmp_path / name], torch.zeros(1), ["a"]), data.train_transform(224, "photo"))
+    torch.manual_seed(5)
+    assert torch.equal(images.transform(expected), images[0, 5][0])
 
 
 def test_photo_transforms_are_the_papers():

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+import common
+import data
 import evaluate
 import pictures
 from data import UserError
@@ -525,6 +527,103 @@ def test_the_picture_of_distributions_shows_what_falls_with_the_norm(tmp_path):
         assert brightness[i][20, 35] > brightness[i][20, 5]                                # towards it and away from it
 
 
+# ----------------------------------------------------------------------------------------------------- embeddings
+
+def untrained(folder, **settings):
+    """A run's checkpoint, as if it had been trained."""
+    args = {"dataset": "toy", "data_root": "gone", "arch": "conv4", "embed_dim": 8, "image_size": 16, "pooling": "average",
+            "weights": "none", "augment": "light", "corrupt": False, "val_fraction": 0.0, "device": "cpu", "workers": 0, **settings}
+    torch.manual_seed(0)
+    network = common.Network("conv4", 8, 16)
+    torch.save({"args": args, "network": network.state_dict(), "epoch": 1}, folder / "best.pt")
+    return str(folder / "best.pt")
+
+
+def photographs(folder, *names):
+    rng = np.random.default_rng(0)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def read_arrays(path, checkpoint):
+    """The file's arrays, of which the embeddings and their norms are checked."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    assert set(arrays) == {"embeddings", "labels", "class_names", "paths", "norms"}
+    assert arrays["embeddings"].dtype == arrays["norms"].dtype == np.float32
+    assert {arrays[name].dtype.kind for name in ("class_names", "paths")} == {"U"} and arrays["labels"].dtype == np.int64
+    np.testing.assert_allclose(arrays["norms"], np.linalg.norm(arrays["embeddings"], axis=1), rtol=1e-5)
+    network, prepare = common.load_network(checkpoint, "cpu")
+    if not arrays["paths"][0].isdigit():
+        expected = network(torch.stack([prepare(Image.open(path)) for path in arrays["paths"]]))
+        np.testing.assert_allclose(arrays["embeddings"], expected.numpy(), rtol=1e-4, atol=1e-5)
+    return arrays
+
+
+def test_embeddings_of_the_test_images_are_written_for_numpy_and_the_metrics_beside_them(tmp_path, capsys):
+    file, checkpoint = tmp_path / "toy.npz", untrained(tmp_path)
+    evaluate.main(["--checkpoint", checkpoint, "--embeddings", str(file)])
+    out, arrays, test = capsys.readouterr().out, read_arrays(file, checkpoint), data.load("toy", None)[1]
+    assert out.startswith(f"embeddings of 2000 images written to {file}\n") and "recall@1" in out
+    assert arrays["labels"].tolist() == test.labels.tolist() and arrays["class_names"].tolist() == test.class_names
+    assert arrays["paths"].tolist() == [str(i) for i in range(2000)] and arrays["embeddings"].shape == (2000, 8)
+    recall = json.loads((tmp_path / "metrics.json").read_text())["recall@1"]
+    assert evaluate.recall_at_k(*map(torch.from_numpy, (arrays["embeddings"], arrays["labels"])), [1]) == {1: recall}
+
+
+def test_embeddings_of_a_data_set_name_its_files(tmp_path):
+    root = photographs(tmp_path / "photos", *(f"{c}/{i}.png" for c in "abcd" for i in range(2)))
+    checkpoint = untrained(tmp_path, dataset="folder")
+    evaluate.main(["--checkpoint", checkpoint, "--embeddings", str(tmp_path / "out"), "--data_root", str(root)])
+    arrays = read_arrays(tmp_path / "out", checkpoint)
+    assert arrays["paths"].tolist() == [str(root / f"{c}/{i}.png") for c in "cd" for i in range(2)]
+    assert arrays["class_names"].tolist() == ["c", "d"] and arrays["labels"].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("names, classes", [(["one.png"], [""]), (["b.png", "a.jpg"], [""]), (["y/1.png", "x/deep/2.png"], ["x", "y"]),
+                                            (["y/1.png", "x/2.png", "loose.png"], ["", "x", "y"])])
+def test_embeddings_of_ones_own_pictures_need_neither_classes_nor_the_data_set(tmp_path, capsys, names, classes):
+    checkpoint = untrained(tmp_path, dataset="cub200", corrupt=True)
+    root = photographs(tmp_path / "own", *names, ".hidden.png")
+    evaluate.main(["--checkpoint", checkpoint, "--embeddings", str(tmp_path / "own.npz"), "--images", str(root)])
+    assert capsys.readouterr().out == f"embeddings of {len(names)} images written to {tmp_path / 'own.npz'}\n"
+    arrays = read_arrays(tmp_path / "own.npz", checkpoint)
+    assert arrays["paths"].tolist() == sorted(str(root / name) for name in names)
+    assert arrays["class_names"].tolist() == classes and not (tmp_path / "metrics.json").exists()
+    for path, label in zip(arrays["paths"], arrays["labels"]):
+        assert path.removeprefix(f"{root}/").rpartition("/")[0].split("/")[0] == classes[label]
+
+
+def test_pictures_that_cannot_be_embedded_or_written_are_one_sentence_and_leave_no_file(tmp_path):
+    checkpoint, root = untrained(tmp_path), photographs(tmp_path / "own", "a.png")
+    argv = ["--checkpoint", checkpoint, "--embeddings", str(tmp_path / "none" / "a.npz"), "--images", str(root)]
+    with pytest.raises(UserError, match="--embeddings .*none/a.npz would lie in a folder that does not exist"):
+        evaluate.main(argv)
+    (tmp_path / "full.npz").mkdir()
+    with pytest.raises(UserError, match="writing .*full.npz failed"):
+        evaluate.main([*argv[:3], str(tmp_path / "full.npz"), *argv[4:]])
+    (root / "b.jpg").write_bytes(b"nothing")
+    argv[3] = str(tmp_path / "a.npz")
+    for folder, message in ((root, "b.jpg is not a readable image"), (tmp_path / "none", "none is no folder, or there is no image")):
+        with pytest.raises(UserError, match=message) as caught:
+            evaluate.main([*argv[:-1], str(folder)])
+        assert "\n" not in str(caught.value) and not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--checkpoint", "a.pt", "--images", "own"], "--images belongs to --embeddings"),
+    (["--compare", "a", "--embeddings", "a.npz"], "--embeddings, and that to --checkpoint"),
+    (["--compare", "a", "--images", "own"], "--images belongs to --embeddings"),
+    *((["--checkpoint", "a.pt", "--embeddings", "a.npz", "--images", "own", *more], "--images is not the data set: leave")
+      for more in (["--pictures"], ["--retrieval", "elk"], ["--data_root", "data"]))])
+def test_options_that_do_not_go_with_embeddings_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(options)
+    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 # ----------------------------------------------------------------------------------------------------- comparison
 
 def finished_run(folder, seed=0, recall=0.5, epochs=3, results=True, rows=None, last=(), **settings):
@@ -632,7 +731,7 @@ def test_tiny_gradient_shares_keep_their_digits():
 
 def test_a_value_that_some_runs_of_a_group_lack_is_averaged_over_the_others_and_says_so(tmp_path):
     runs = [finished_run(tmp_path / f"a-{seed}", seed, last={"extra": seed} if seed else {}) for seed in (0, 1, 2)]
-    assert table_rows(evaluate.compare(runs, metrics=["extra"]))["a"] == ["3", "1.5 ± 0.7071 (n = 2)"]
+    assert table_rows(evaluate.compare(runs, metrics=["extra"]))["a"] == ["3", "1.5 ± 0.71 (n = 2)"]
 
 
 def test_missing_unfinished_unlike_broken_and_doubled_runs_are_named_and_left_out(tmp_path, capsys):
