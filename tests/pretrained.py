@@ -14,16 +14,16 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common                                             # before torch: see data.py's first lines
+import data
+import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import RandomResizedCrop
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
-import data
-import evaluate
 import nir
 import prob_dml
 from data import UserError, progress
