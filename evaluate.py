@@ -22,6 +22,7 @@ import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid, save_image
 
 from data import UserError, progress
@@ -399,6 +400,45 @@ def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
     save_image(torch.cat([left, torch.ones(3, left.shape[1], 6 * BORDER), right], dim=2), path)
 
 
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+
+
+def save_curves(path, curves, label="Recall@1, %", size=(720, 420)):
+    """A PNG file of {group: [a list of values by epoch for each seed]}: a colour per group, a thin line per seed, a thick
+    one for the mean over the epochs that all its seeds have. Groups beyond the tenth take the first colours again."""
+    scale, values = 2, [v for runs in curves.values() for run in runs for v in run]       # drawn twice as large: smooth
+    epochs, low, high = max(len(run) for runs in curves.values() for run in runs), min(values), max(values)
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if s >= (high - low) / 8 or s == 20)
+    low, high = step * math.floor(low / step), step * max(math.ceil(high / step), math.floor(low / step) + 1)
+    left, top, right, bottom = 62, 14, size[0] - 14, size[1] - 44
+    picture = Image.new("RGB", [scale * n for n in size], "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13 * scale)
+
+    def at(epoch, value):                          # epochs from 1, in pixels
+        x = left + (right - left) * (epoch - 1) / max(1, epochs - 1)
+        return scale * x, scale * (bottom - (bottom - top) * (value - low) / (high - low))
+
+    def text(x, y, words, anchor, fill="black"):
+        draw.text((scale * x, scale * y), words, fill=fill, font=font, anchor=anchor)
+    for i in range(round((high - low) / step) + 1):
+        value = low + i * step
+        draw.line([at(1, value), at(epochs, value)], fill="#dddddd", width=scale)
+        text(left - 8, at(1, value)[1] / scale, f"{value:g}" if step >= 1 else f"{value:.1f}", "rm")
+    for epoch in range(1, epochs + 1, max(1, math.ceil(epochs / 15))):
+        draw.line([at(epoch, low), (at(epoch, low)[0], scale * (bottom + 5))], fill="black", width=scale)
+        text(at(epoch, low)[0] / scale, bottom + 15, str(epoch), "mm")
+    draw.line([at(1, high), at(1, low), at(epochs, low)], fill="black", width=scale)
+    text((left + right) / 2, size[1] - 10, "epoch", "mm")
+    text(left + 8, top + 8, label, "lm")
+    for i, (name, runs) in enumerate(curves.items()):
+        mean = [float(np.mean(column)) for column in zip(*runs)]
+        for run, width in (*((run, 1) for run in runs), (mean, 3 * scale)):
+            points = [at(epoch, value) for epoch, value in enumerate(run, start=1)]
+            draw.line(points if len(points) > 1 else points * 2, fill=COLOURS[i % len(COLOURS)], width=width, joint="curve")
+        text(right - 8, bottom - 12 - 17 * (len(curves) - 1 - i), f"{name} (n = {len(runs)})", "rm", COLOURS[i % len(COLOURS)])
+    picture.resize(size, Image.Resampling.LANCZOS).save(path, format="png")
+
+
 # ----------------------------------------------------------------------------------------------------- comparison
 
 HEADLINE = ("recall@1", "map@r", "nmi")
@@ -430,7 +470,8 @@ def read_run(folder):
     settings = {key: value for key, value in args.items() if key not in CIRCUMSTANCES and value is not None}
     return {"folder": folder, "args": args, "settings": json.dumps(settings, sort_keys=True),
             "kind": f"{args.get('dataset')}, {epochs} epochs, val_fraction {args['val_fraction']}",
-            "numbers": {**numbers, **log[-1], **last}}
+            "numbers": {**numbers, **log[-1], **last},
+            "curve": [100 * row.get("val_recall@1", row.get("test_recall@1", math.nan)) for row in log]}
 
 
 def group_names(groups):
@@ -448,11 +489,11 @@ def group_names(groups):
     return names
 
 
-def compare(folders, baseline=None, metrics=HEADLINE):
+def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
     """Markdown: commands, a table with a row for each group of runs that differ by seed alone, and what was left out.
 
     `metrics` are names as in `read_run`. `baseline`, any run of a group, adds the first metric's differences to that
-    group, paired by seed. UserError if it is no finished run, if no run has a metric, or if no run is left.
+    group, paired by seed. `curves` is a file for `save_curves` of Recall@1. UserError if it is no finished run, if no run has a metric, or if no run is left.
     """
     runs, left_out, groups = [], [], {}
     for folder in dict.fromkeys(map(Path, folders)):
@@ -486,6 +527,9 @@ def compare(folders, baseline=None, metrics=HEADLINE):
             name for name, column in there.items() if column not in there) + " and log.csv's COLUMN@EPOCH")
 
     names = dict(zip(groups, group_names([list(group.values()) for group in groups.values()])))
+    if curves:
+        with data.clear_errors(f"writing {curves}", "give another file with --curves"):
+            save_curves(curves, {names[key]: [run["curve"] for run in group.values()] for key, group in groups.items()})
     lines, rows, first = [], [["", "n", *metrics]], metrics[0]
     if baseline:
         base = {seed: run["numbers"] for seed, run in groups[reference["settings"]].items()}
@@ -529,9 +573,10 @@ def main(argv=None):
     add("--metrics", nargs="+", metavar="NAME", help="of results.json, or of log.csv: grad_share_nir (last epoch), "
         f"grad_share_nir@1 (first), ...; differences are those of the first (default: {' '.join(HEADLINE)})")
     add("--out", metavar="FILE.md", help="write the table there, too")
+    add("--curves", metavar="FILE.png", help="draw Recall@1 by epoch")
     given = p.parse_args(argv)
-    if given.checkpoint and (given.baseline or given.metrics or given.out):
-        p.error("--baseline, --metrics and --out belong to --compare")
+    if given.checkpoint and (given.baseline or given.metrics or given.out or given.curves):
+        p.error("--baseline, --metrics, --out and --curves belong to --compare")
     if given.compare and given.embeddings or given.images and not given.embeddings:
         p.error("--images belongs to --embeddings, and that to --checkpoint")
     if given.images and (given.pictures or given.retrieval != "cosine" or given.data_root):
@@ -539,7 +584,7 @@ def main(argv=None):
     if given.embeddings and not Path(given.embeddings).absolute().parent.is_dir():
         raise UserError(f"--embeddings {given.embeddings} would lie in a folder that does not exist: make it first")
     if given.compare:
-        text = compare(given.compare, given.baseline, given.metrics or HEADLINE)
+        text = compare(given.compare, given.baseline, given.metrics or HEADLINE, given.curves)
         print(text)
         if given.out:
             common.save_file(given.out, text)

@@ -458,11 +458,12 @@ class Criterion(nn.Module):
 
 
 def setup(criterion, network, train_split, args, device):
-    """Before the first epoch: embeddings of a useful norm, since the norm is a concentration; proxies at the class means,
-    where the authors had them there."""
+    """Before the first epoch: embeddings of a useful norm, since the norm is a concentration; proxies at the class means.
+    The authors' proxies of log-likelihood, L2 and cosine stay at random; from scratch, where they have no settings, all
+    start at the means."""
     with torch.no_grad():
         network.embedding.weight.mul_(args.norm_multiplier)
-    if criterion.proxies.metric in ("elk", "bhattacharyya", "kl"):
+    if criterion.proxies.metric in ("elk", "bhattacharyya", "kl") or getattr(args, "weights", None) == "none":
         embeddings = common.embed(network, train_split, args, device, "warm start: images")
         criterion.proxies.warm_start(embeddings, train_split.labels.to(device))
 

@@ -816,3 +816,31 @@ def test_a_checkpoint_and_a_comparison_exclude_each_other_and_one_is_needed(opti
         evaluate.main(options)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "--compare" in error and "Traceback" not in error
+
+
+def test_curves_show_each_seed_thin_the_mean_thick_axes_and_a_legend(tmp_path):
+    curves = {"a": [[10.0, 20.0, 30.0], [30.0, 40.0, 50.0]], "b": [[50.0, 50.0]]}
+    evaluate.save_curves(tmp_path / "curves.png", curves, size=(360, 240))
+    picture = to_tensor(Image.open(tmp_path / "curves.png"))
+    assert picture.shape == (3, 240, 360) and (tmp_path / "curves.png").stat().st_size < 100_000
+
+    def amount(colour, region=picture):                          # pixels of nearly that colour
+        rgb = torch.tensor([int(colour[i:i + 2], 16) for i in (1, 3, 5)]).view(3, 1, 1) / 255
+        return int(((region - rgb).abs().amax(0) < 0.1).sum())
+    first, second = evaluate.COLOURS[:2]
+    assert amount(first) > 500 and amount(second) > 250
+    # From epoch 1 at the left (value 10 to 50 from the bottom to the top): mean 20 -> 40 in three pixels, seeds in about one.
+    column = picture[:, 14:196, 62 + 142]                        # epoch 2, at the middle of the axis: 20, 30 (mean), 40
+    thick = [amount(first, column[:, y - 5:y + 6].unsqueeze(2)) for y in (91, 45, 136)]
+    assert thick[0] >= 3 and max(thick[1:]) <= 2
+    assert amount("#000000", picture[:, :, :62]) > 30 and amount("#000000", picture[:, 200:]) > 30         # ticks and their numbers
+    assert amount(first, picture[:, 150:196, 250:]) > 20 and amount(second, picture[:, 150:196, 250:]) > 20   # the legend
+    evaluate.save_curves(tmp_path / "one.png", {"a": [[3.0]]})                                             # a single point
+
+
+def test_compare_draws_the_curves_of_its_groups(tmp_path):
+    runs = [finished_run(tmp_path / f"a-seed{seed}", seed=seed) for seed in (0, 1)]
+    evaluate.main(["--compare", *map(str, runs), "--curves", str(tmp_path / "curves.png")])
+    assert Image.open(tmp_path / "curves.png").size == (720, 420)
+    with pytest.raises(UserError, match="writing .* failed .*give another file with --curves"):
+        evaluate.main(["--compare", *map(str, runs), "--curves", str(tmp_path / "no folder/curves.png")])

@@ -836,6 +836,9 @@ def test_a_run_starts_as_the_authors_did(metric, proxy):
     means = 7 * torch.nn.functional.normalize(embeddings.view(3, 2, 8).sum(1))
     warm = metric in ("elk", "bhattacharyya", "kl")
     torch.testing.assert_close(criterion.proxies.proxies.data, means if warm else start)
+    args.weights, args.norm_multiplier = "none", 1.0                                     # from scratch all start there
+    prob_dml.setup(criterion, network, split, args, torch.device("cpu"))
+    torch.testing.assert_close(criterion.proxies.proxies.data, means)
 
 
 def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import common
 import nir
@@ -54,6 +55,19 @@ def test_the_readmes_own_backbone_can_be_trained(monkeypatch):
     args, = runs
     network = common.Network(args.arch, args.embed_dim, args.image_size)
     assert network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 128)
+
+
+def test_the_readmes_lines_embed_a_list_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/NAME").mkdir(parents=True)
+    args = dict(arch="conv4", embed_dim=5, image_size=16, pooling="average", weights="none", augment="light")
+    torch.save({"args": args, "network": common.Network("conv4", 5, 16).state_dict(), "epoch": 1}, "runs/NAME/best.pt")
+    Path("my_photos/a").mkdir(parents=True)
+    for i in range(3):
+        torchvision.utils.save_image(torch.rand(3, 20, 30), f"my_photos/a/{i}.jpg")
+    names = {}
+    exec(next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "load_network" in block), names)
+    assert names["embeddings"].shape == (3, 5) and len(names["embeddings"].unique(dim=0)) == 3
 
 
 def test_every_file_that_the_readme_links_is_there():
