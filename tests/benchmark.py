@@ -27,6 +27,7 @@ from PIL import Image
 import data
 import evaluate
 import nir
+import objectives
 import prob_dml
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -261,9 +262,9 @@ def losses(B=90, C=100, D=512, S=5, repeats=7):
 
 def criterion_seconds(criterion, B, C, D):
     """Seconds of what a training loop adds to the network's own work: the losses, forward and backward, and Adam."""
-    adam = torch.optim.Adam(criterion.groups(1e-3))
     embeddings = (20 * torch.randn(B, D, device=DEVICE) / D ** 0.5).requires_grad_()
-    labels = torch.arange(B, device=DEVICE) % C
+    adam = torch.optim.Adam(criterion.groups(1e-3) or [embeddings])
+    labels = torch.arange(B, device=DEVICE) // 2 % C
 
     def step():
         adam.zero_grad()
@@ -344,9 +345,14 @@ def network(batch, steps, size=224):
     for what, criterion in (
             ("ProxyAnchor + NIR (proxies, flow, Adam)", nir.NIR(nir.ProxyAnchor(C, 512), 512)),
             ("EL-nivMF (proxies, concentrations, Adam)", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512))),
-            ("EL-nivMF + ProxyAnchor", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512), guidance_weight=5))):
+            ("EL-nivMF + ProxyAnchor", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512), guidance_weight=5)),
+            *((name, objectives.Criterion(make(C, 512, "class"), "distance" if name in objectives.MINED else None))
+              for name, make in objectives.LOSSES.items())):
         took = criterion_seconds(criterion.to(DEVICE), batch, C, 512)
         line(what, took, note=f"{100 * took / bare:.2f} % of the bare step")
+    embeddings, labels = torch.randn(112, 512, device=DEVICE), torch.arange(112, device=DEVICE) // 2
+    for name, miner in objectives.MINERS.items():
+        line(f"miner {name}, batch 112, D = 512", seconds(lambda: miner(embeddings, labels), repeats=20, warm=2)[0])
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         single = seconds(bare_step(batch, size, autocast=False), repeats=steps)[0]
