@@ -11,6 +11,7 @@ import torchvision
 
 import common
 import nir
+import objectives
 import prob_dml
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ def test_every_name_in_the_reading_guide_exists():
         assert hasattr(importlib.import_module(module), attribute), name
 
 
-@pytest.mark.parametrize("script", ["nir", "prob_dml"])
+@pytest.mark.parametrize("script", ["nir", "prob_dml", "objectives"])
 def test_every_public_function_and_class_is_in_the_reading_guide(script):
     for node in ast.parse((ROOT / f"{script}.py").read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -35,13 +36,13 @@ def test_every_public_function_and_class_is_in_the_reading_guide(script):
 
 def test_the_readmes_commands_are_accepted(monkeypatch):
     """Every command line that starts one of the scripts, up to the training itself; the shell's loops as well."""
-    lines = re.findall(r"^    (?:.*&& |for .*; do )?(?:python|torchrun \S+) (nir|prob_dml)\.py(.*?)(?:; done)?$",
+    lines = re.findall(r"^    (?:.*&& |for .*; do )?(?:python|torchrun \S+) (nir|prob_dml|objectives)\.py(.*?)(?:; done)?$",
                        README.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) > 10
     runs = []
     monkeypatch.setattr(common, "train", lambda args, *_: runs.append(args))
     for script, options in lines:
-        {"nir": nir, "prob_dml": prob_dml}[script].main(shlex.split(options.replace("$seed", "0"), comments=True))
+        {"nir": nir, "prob_dml": prob_dml, "objectives": objectives}[script].main(shlex.split(options.replace("$seed", "0"), comments=True))
     assert len(runs) == len(lines)
 
 
