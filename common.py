@@ -1,4 +1,4 @@
-"""What both papers share: the network, the command line, the training loop and its checkpoints.
+"""What all scripts share: the network, the command line, the training loop and its checkpoints.
 
 A script brings its criterion, an `nn.Module` with three methods,
 
@@ -103,11 +103,11 @@ class Network(nn.Module):
 
     def forward(self, images):
         weight = self.embedding.weight
+        pixels = images.dtype == torch.uint8
         images = images.to(weight.device, non_blocking=weight.is_cuda)
-        if images.dtype == torch.uint8:
-            images = images.to(weight.dtype, memory_format=torch.channels_last)       # the faster layout for convolutions
-            if self.mean is not None:
-                images = (images / 255 - self.mean) / self.deviation
+        images = images.to(weight.dtype, memory_format=torch.channels_last)           # the faster layout for convolutions
+        if pixels and self.mean is not None:
+            images = (images / 255 - self.mean) / self.deviation
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             features = self.backbone(images).flatten(1)
         with torch.autocast(images.device.type, enabled=False):
@@ -117,7 +117,7 @@ class Network(nn.Module):
         super().train(mode)
         if self.freeze_norm:          # neither statistics of the batch nor running averages: every later change of
             for module in self.modules():             # the weights is seen through the same fixed normalisation
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
 
@@ -169,7 +169,7 @@ def save_file(path, content):
 # ------------------------------------------------------------------------------------------------ the command line
 
 def parser(description, epilog):
-    """The options that both scripts share. A default of None is filled in by the preset of the data set."""
+    """The options that all scripts share. A default of None is filled in by the preset of the data set."""
     p = argparse.ArgumentParser(description=description, epilog=epilog,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("data").add_argument
@@ -426,6 +426,7 @@ def train(args, criterion, name, setup=None):
     numbers of one that was not stopped. (On a GPU nearly so: there sums of floats are taken in changing order.)
     """
     device = make_device(args.device)
+    args.precision = backbone_precision(args.precision, device)      # as it is, for whoever resumes or evaluates elsewhere
     join_processes(device)
     rank, world = processes()
     train_split, val_split, test_split = load_splits(args)

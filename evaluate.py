@@ -577,6 +577,8 @@ def main(argv=None):
     given = p.parse_args(argv)
     if given.checkpoint and (given.baseline or given.metrics or given.out or given.curves):
         p.error("--baseline, --metrics, --out and --curves belong to --compare")
+    if given.compare and (given.pictures or given.retrieval != "cosine" or given.data_root):
+        p.error("--pictures, --retrieval and --data_root belong to --checkpoint")
     if given.compare and given.embeddings or given.images and not given.embeddings:
         p.error("--images belongs to --embeddings, and that to --checkpoint")
     if given.images and (given.pictures or given.retrieval != "cosine" or given.data_root):

@@ -257,7 +257,7 @@ BASELINE = dict(proxy_lr=2000, proxy_weight=1.0, warmup=0)          # with --nir
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs.
 SCRATCH = dict(batch_size=90, lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, flow_lr=1,
                proxy_weight=1.0, nir_noise=0.0)
-# ... and NIR: nll by validation classes; toy's exp after nll had hurt on its test classes, so not blindly: README.md.
+# ... and NIR: nll by validation classes; toy's exp after nll had hurt on its test classes, so not blindly: RESULTS.md.
 SCRATCH_NIR = {"toy": dict(nir_form="exp", nir_weight=10.0), "others": dict(nir_form="nll", nir_weight=0.01)}
 
 

@@ -8,7 +8,8 @@ a softmax over the classes makes that a loss.
 In reading order: the vMF and its normaliser - sampling from it - the nivMF - the similarities - the loss - the papers'
 settings - main.
 
-    python prob_dml.py --metric elk                        the paper's run: CUB200, ResNet50, nivMF proxies, a GPU
+    python prob_dml.py --metric elk                        the paper's settings: CUB200, ResNet50, nivMF proxies, a GPU
+    ... --form released --guidance_weight 3                as published: the authors' formulas, with ProxyAnchor
     python prob_dml.py --dataset toy --metric elk          built-in characters, minutes on a laptop
     python prob_dml.py --metric kl --proxy vmf             any cell of the paper's ablation
     python prob_dml.py --metric elk --guidance_weight 5    as a regulariser of ProxyAnchor
@@ -489,7 +490,7 @@ ABLATIONS = {  # metric -> settings of the other cells of the ablation (CUB, D =
     "cosine": dict(temperature=1 / 256, norm_multiplier=1),
     "l2": dict(concentration_init=200, norm_multiplier=1)}   # elk/nivmf is for reference: alone, elk takes PRESETS
 # A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs. T, concentration_init and
-# norm_multiplier were chosen for each cell on validation classes: README.md.
+# norm_multiplier were chosen for each cell on validation classes: RESULTS.md.
 SCRATCH = dict(batch_size=90, lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=100,
                concentration_lr=200, concentration_init=10, norm_multiplier=40, temperature=0.1, temperature_lr=1, samples=200)
 SCRATCHES = {  # (metric, proxy) -> what differs from SCRATCH
@@ -544,6 +545,7 @@ def main(argv=None):
         proxies = ProbabilisticProxies(num_classes, args.embed_dim, args.metric, args.proxy, args.form,
                                        args.samples, args.temperature, args.concentration_init)
         return Criterion(proxies, args.guidance_weight, args.proxy_lr, args.concentration_lr, args.temperature_lr)
+    criterion(1)                                  # options without a sense together are named before any download
     form = f"-{args.form}" if args.proxy == "nivmf" else ""
     guidance = f"-g{args.guidance_weight:g}" if args.guidance_weight else ""
     common.train(args, criterion, f"{args.dataset}-{args.metric}-{args.proxy}{form}{guidance}-seed{args.seed}", setup)

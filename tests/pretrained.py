@@ -114,6 +114,7 @@ common.BACKBONES["efficientnet_lite0"] = lambda image_size: (EfficientNetLite0()
 def make_features(args, train, test, views, folder="runs/features"):
     """The frozen stages' float16 output for the central crop of every image, training images first, then for `views`
     augmented views of each training image: (N + N_train views, 112, H, W), read from the disk when asked for."""
+    common.load_file(args.weights, "--weights")
     digest = hashlib.sha256(Path(args.weights).read_bytes())
     for path in train.images + test.images:
         digest.update(f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)}\n".encode())
@@ -135,7 +136,7 @@ def make_features(args, train, test, views, folder="runs/features"):
                     rows = np.lib.format.open_memmap(part, "w+", np.float16, (len(loader.dataset), *out.shape[1:]))
                 rows[done:done + len(out)] = out
                 done += len(out)
-        rows.flush()
+        del rows                                             # which writes it to the disk
         os.replace(part, file)
     return np.load(file, mmap_mode="r")
 
@@ -154,9 +155,11 @@ def use_features(views):
             return torch.from_numpy(table["features"][row].astype(np.float32)), self.split.labels[index]
 
     def with_features(args):
-        if args.arch != "efficientnet_lite0" or args.weights == "none" or args.corrupt:
-            raise UserError("tests/pretrained.py keeps features of --arch efficientnet_lite0 with --weights PATH, of images as "
-                            "they are: give these, and leave --corrupt out")
+        if args.arch != "efficientnet_lite0" or args.weights == "none" or args.corrupt or args.dataset == "toy":
+            raise UserError("tests/pretrained.py keeps features of --arch efficientnet_lite0 with --weights PATH, of photographs "
+                            "as they are: give these, and leave --dataset toy and --corrupt out")
+        if vars(args).setdefault("views", views) != views:
+            raise UserError(f"--views {views} contradicts the run, which has {args.views}: give that")
         whole = argparse.Namespace(**{**vars(args), "val_fraction": 0.0})
         train, _, test = load_splits(whole)
         table["row"] = {path: i for i, path in enumerate(train.images + test.images)}
@@ -177,7 +180,7 @@ def main():
     own, argv = p.parse_known_args()
     if own.script != "evaluate.py":                          # which takes its settings from the checkpoint, and real pictures
         use_features(own.views)
-        if "--resume" not in argv:
+        if not any(word.startswith("--res") for word in argv):
             argv = ["--arch", "efficientnet_lite0", "--image_size", "128", *argv]
     scripts[own.script].main(argv)
 

@@ -73,9 +73,10 @@ def test_training_moves_the_last_stages_alone_and_pictures_give_what_the_feature
 def test_weights_and_clean_images_are_asked_for(tmp_path, monkeypatch):
     for module, name in ((common, "load_splits"), (data, "Images")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    for more in (["--dataset", "toy"], ["--dataset", "toy", "--weights", "x.pth", "--corrupt"], ["--arch", "conv4"]):
+    for more in (["--dataset", "toy", "--weights", "x.pth"], ["--dataset", "folder", "--weights", "x.pth", "--corrupt"],
+                 ["--arch", "conv4"], ["--dataset", "folder"]):
         monkeypatch.setattr("sys.argv", ["pretrained.py", "nir.py", "--device", "cpu", *more])
-        with pytest.raises(UserError, match="give these, and leave --corrupt out"):
+        with pytest.raises(UserError, match="give these, and leave --dataset toy and --corrupt out"):
             pretrained.main()
 
 

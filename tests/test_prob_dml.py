@@ -363,12 +363,12 @@ def test_an_image_is_most_similar_to_the_class_it_points_at_under_every_metric()
 # ---------------------------------------------------------------------------------------------- the released form
 
 def slow_released_loss(metric, e, labels, proxies, K, T, samples):
-    """The released loss as `papers` have it, image by image, sample by sample, class by class; K with its floor."""
+    """The released loss as `papers` have it, image by image, sample by sample, class by class."""
     D, losses = e.shape[1], []
     for i in range(len(e)):
         k1, mu1, logits = e[i].norm(), e[i] / e[i].norm(), []
         for c in range(len(proxies)):
-            mu, k = proxies[c] / proxies[c].norm(), torch.where(K[c] < 0.1, 0.1, K[c])
+            mu, k = proxies[c] / proxies[c].norm(), K[c]
             Kmu = k * mu
             factor = log_vmf_normalizer(Kmu.norm(), D) + k.log().sum() - Kmu.norm().log()
             log_q = [z[i] @ Kmu + factor for z in samples]
@@ -407,11 +407,13 @@ def test_released_form_is_the_slow_reference_with_its_gradients(metric, temperat
         drawn.append(real(mu, kappa, samples, torch.Generator().manual_seed(3)))
         return drawn[-1]
     monkeypatch.setattr(prob_dml, "sample_vmf", shared)
+    floored = module.concentrations.detach().clone().clamp(min=0.1)
+    leaves = [p.detach().clone().requires_grad_() for p in (module.proxies, module.temperature, floored)]
     e = e.requires_grad_()
     loss = module(e, labels)
+    assert torch.equal(module.concentrations, floored)                         # moved there, so that it can leave again
     gradients = torch.autograd.grad(loss, [e, *module.parameters()])
     x = e.detach().requires_grad_()
-    leaves = [p.detach().clone().requires_grad_() for p in (module.proxies, module.temperature, module.concentrations)]
     z = real(unit_vectors(x), x.norm(dim=1), S, torch.Generator().manual_seed(3))
     reference = slow_released_loss(metric, x, labels, leaves[0], leaves[2], leaves[1], z)
     expected = dict(zip(("e", "proxies", "temperature", "concentrations"), torch.autograd.grad(reference, [x, *leaves])))
