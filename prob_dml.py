@@ -499,7 +499,7 @@ SCRATCHES = {  # (metric, proxy) -> what differs from SCRATCH
                               norm_multiplier=10),
     ("loglik", "vmf"): dict(temperature=1.0, temperature_lr=10, norm_multiplier=10),
     ("cosine", "vmf"): dict(temperature=1 / 8, temperature_lr=1.25, norm_multiplier=10),
-    ("l2", "vmf"): dict(temperature=5.0, temperature_lr=50, concentration_init=17, concentration_lr=50, proxy_lr=10,
+    ("l2", "vmf"): dict(temperature=5.0, temperature_lr=20, concentration_init=15, concentration_lr=10, proxy_lr=10,
                         norm_multiplier=3),
 }
 
