@@ -105,7 +105,8 @@ class Network(nn.Module):
         weight = self.embedding.weight
         pixels = images.dtype == torch.uint8
         images = images.to(weight.device, non_blocking=weight.is_cuda)
-        images = images.to(weight.dtype, memory_format=torch.channels_last)           # the faster layout for convolutions
+        layout = torch.channels_last if pixels else torch.preserve_format             # the faster one for convolutions
+        images = images.to(weight.dtype, memory_format=layout)
         if pixels and self.mean is not None:
             images = (images / 255 - self.mean) / self.deviation
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):

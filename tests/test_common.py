@@ -162,7 +162,8 @@ def test_uint8_images_are_normalised_with_the_backbones_statistics_and_float_one
         monkeypatch.setitem(common.BACKBONES, "own", lambda image_size: (Mean(), 3, *statistics))
         network = common.Network("own", 4)
         torch.testing.assert_close(network(images), network.embedding(expected.mean((2, 3))))
-        torch.testing.assert_close(network(pixels), network.embedding(pixels.mean((2, 3))))
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            torch.testing.assert_close(network(pixels.to(dtype)), network.embedding(pixels.to(dtype).float().mean((2, 3))))
         assert set(network.state_dict()) == {"embedding.weight", "embedding.bias"}
 
 

@@ -91,6 +91,9 @@ def test_untrained_recall_on_half_of_cub_is_the_published_networks():
         _, test = data.load("cub200", REAL / "cub_half")
     network.embedding = torch.nn.Linear(1280, 1280, bias=False)
     torch.nn.init.eye_(network.embedding.weight)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
     with torch.no_grad():
         features = common.embed(network, test, args, torch.device("cpu"))
+    torch.set_num_threads(threads)
     assert evaluate.recall_at_k(features, test.labels, (1,))[1] == pytest.approx(0.766, abs=0.01)
