@@ -171,8 +171,7 @@ def save_file(path, content):
 
 def parser(description, epilog):
     """The options that all scripts share. A default of None is filled in by the preset of the data set."""
-    p = argparse.ArgumentParser(description=description, epilog=epilog,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(None, None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, default="cub200", help="default: cub200; toy is built in")
     add("--data_root", default="data", help="folder that holds, or receives, the data set (default: data)")

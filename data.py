@@ -129,18 +129,16 @@ def load_cars196(root):
             break
         if (base / "devkit/cars_train_annos.mat").exists() and (base / "cars_train").is_dir():
             names = [str(name) for name in read_mat(base / "devkit/cars_meta.mat")["class_names"]]
-            files = {"cars_train": base / "devkit/cars_train_annos.mat",
-                     "cars_test": base / "cars_test_annos_withlabels.mat"}
+            files = {"cars_train": base / "devkit/cars_train_annos.mat", "cars_test": base / "cars_test_annos_withlabels.mat"}
             if not files["cars_test"].exists():
                 raise UserError(f"{files['cars_test']} is missing: half of Cars196's labels are in it; put it there")
             rows = [(f"{folder}/{path}", label) for folder, file in files.items()
                     for path, label in read_mat(file, "annotations", "fname")[0]]
             break
     else:
-        raise UserError(
-            f"Cars196 was not found in {root}, and its official address is dead: put either car_ims.tgz and "
-            "cars_annos.mat there, or the folders devkit/, cars_train/, cars_test/ and the file "
-            "cars_test_annos_withlabels.mat (both are in circulation as 'Stanford Cars')")
+        raise UserError(f"Cars196 was not found in {root}, and its official address is dead: put either car_ims.tgz and cars_annos.mat "
+                        "there, or the folders devkit/, cars_train/, cars_test/ and the file cars_test_annos_withlabels.mat (both "
+                        "are in circulation as 'Stanford Cars')")
     return halves([base / path for path, _ in rows], [label - 1 for _, label in rows], names)
 
 
@@ -188,6 +186,8 @@ def load_pictures(folder):
 def load_folder(root):
     """One's own photographs, one sub-folder per class: the first half of the sorted class folders trains."""
     paths, labels, names = [], [], []
+    if not Path(root).is_dir():
+        raise UserError(f"the folder {root} does not exist: give --data_root the folder that holds one sub-folder per class")
     for folder in sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith(".")):
         files = pictures_below(folder)
         if not files:
@@ -212,8 +212,6 @@ def load(name, root):
     """
     if name == "toy":
         return load_toy()
-    if name == "folder" and not Path(root).is_dir():
-        raise UserError(f"the folder {root} does not exist: give --data_root the folder that holds one sub-folder per class")
     splits = LOADERS[name](root)
     missing = [path for split in splits for path in split.images if not os.path.exists(path)]
     if missing:
@@ -224,8 +222,7 @@ def load(name, root):
                       f"{PUBLISHED[name][0]} and {PUBLISHED[name][1]}: results on a subset compare with no paper")
     if min(counts) == 0:
         raise UserError(f"{root} holds no {'training' if counts[0] == 0 else 'test'} images of {name}")
-    single = int((torch.bincount(splits[0].labels) == 1).sum())
-    if single:
+    if single := int((torch.bincount(splits[0].labels) == 1).sum()):
         warnings.warn(f"{single} training class(es) have one image, which is paired with itself")
     return splits
 
@@ -382,8 +379,7 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
     # A gap of each stroke is missing: up to 90 % of its length for the most ambiguous drawings.
     gap = 0.9 * ambiguity.view(-1, 1, 1) * uniform(n, 4, 1)
     start = uniform(n, 4, 1) * (1 - gap)
-    position = torch.linspace(0, 1, steps)
-    drawn = present[labels].unsqueeze(2) & ~((position >= start) & (position < start + gap))      # (n, 4, steps)
+    drawn = present[labels].unsqueeze(2) & ~((t.mT >= start) & (t.mT < start + gap))              # (n, 4, steps)
     points[~drawn] = 99.0                                                                         # off the paper
     points = points.flatten(1, 2)                                                                 # (n, 4 * steps, 2)
 

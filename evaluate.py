@@ -1,9 +1,8 @@
 """How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
 
-In reading order: retrieval (Recall@k, mAP@k, MAP@R), clustering (NMI, F1), structure (uniformity, spectral decay,
-density, variance of concentrations), uncertainty (what the norm knows), the table, the pictures, the comparison of
-finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford Online
-Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
+In reading order: retrieval, clustering, structure, uncertainty (what the norm knows), the table, the pictures, the
+comparison of finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford
+Online Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
     python evaluate.py --checkpoint runs/NAME/best.pt --embeddings photos.npz --images my_photos
@@ -74,12 +73,10 @@ def comparisons(embeddings, labels, what, similarity=None):
     if len(queries) < len(labels):
         warnings.warn(f"{len(labels) - len(queries)} of {len(labels)} images are alone in their class and are left out "
                       "as queries")
-    rows = CHUNK // len(labels) // 8                                   # a kernel needs room for its intermediate steps
+    rows = CHUNK // len(labels) // (8 if similarity else 1)            # a kernel needs room for its intermediate steps
     if similarity is None:
         embeddings, similarity = F.normalize(embeddings, dim=1), lambda queries, others: queries @ others.T
-        rows = CHUNK // len(labels)
-    # Queries go by class, so that M is the largest class of the chunk and not of the whole data set.
-    chunks = queries.split(max(1, rows))
+    chunks = queries.split(max(1, rows))           # by class: M is the largest class of the chunk, not of the data set
     for query in progress(chunks, len(chunks), what):
         label = labels[query]
         slot = torch.arange(int(counts[label].max()), device=label.device)
@@ -305,8 +302,7 @@ def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
 
 def style(name, size=1.0):
     """(factor, format, unit) of a metric: fractions in percent, the rest, and gradient shares below 0.1 %, as it is."""
-    if not name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_")) and \
-            name not in ("nmi", "f1"):
+    if not name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_", "nmi", "f1")):
         return 1, ".4g", ""
     return (1, ".2g", "") if name.startswith("grad_share_") and abs(size) < 1e-3 else (100, ".1f", " %")
 
@@ -492,32 +488,28 @@ def group_names(groups):
 def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
     """Markdown: commands, a table with a row for each group of runs that differ by seed alone, and what was left out.
 
-    `metrics` are names as in `read_run`. `baseline`, any run of a group, adds the first metric's differences to that
-    group, paired by seed. `curves` is a file for `save_curves` of Recall@1. UserError if it is no finished run, if no run has a metric, or if no run is left.
+    `metrics` are names as in `read_run`. `baseline`, any run of a group, makes that group the first row, to which the
+    others' differences in the first metric are shown, paired by seed. `curves` is a file for `save_curves` of Recall@1.
+    UserError if the baseline is no finished run, if no run has a metric, or if no run is left.
     """
     runs, left_out, groups = [], [], {}
-    for folder in dict.fromkeys(map(Path, folders)):
+    for folder in {Path(f).resolve(): Path(f) for f in [baseline, *folders] if f}.values():
         try:
             runs.append(read_run(folder))
         except UserError as error:
+            if baseline and not runs:
+                raise UserError(f"--baseline {baseline} is no finished run ({error}): give one that is") from None
             left_out.append(f"{folder} ({error})")
-    if baseline:
-        try:
-            reference = read_run(Path(baseline))
-        except UserError as error:
-            raise UserError(f"--baseline {baseline} is no finished run ({error}): give one that is") from None
-        if reference["settings"] not in [run["settings"] for run in runs]:
-            runs.insert(0, reference)
     kinds = [run["kind"] for run in runs]
-    usual = reference["kind"] if baseline else max(kinds, key=kinds.count, default=None)
+    usual = kinds[0] if baseline else max(kinds, key=kinds.count, default=None)
     for run in runs:
-        group, seed = groups.get(run["settings"], {}), run["args"]["seed"]
+        group, seed = groups.setdefault(run["settings"], {}) if run["kind"] == usual else {}, run["args"]["seed"]
         if run["kind"] != usual:
             left_out.append(f"{run['folder']} (unlike: {run['kind']}; not {usual})")
         elif seed in group:
             left_out.append(f"{run['folder']} (same seed as {group[seed]['folder']})")
         else:
-            groups[run["settings"]] = {**group, seed: run}
+            group[seed] = run
     runs = [run for group in groups.values() for run in group.values()]
     if not runs:
         raise UserError(f"no finished run to compare: {'; '.join(left_out)}")
@@ -526,25 +518,23 @@ def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
         raise UserError(f"no run has the metric {', '.join(unknown)}: there is " + ", ".join(
             name for name, column in there.items() if column not in there) + " and log.csv's COLUMN@EPOCH")
 
-    names = dict(zip(groups, group_names([list(group.values()) for group in groups.values()])))
+    groups = dict(zip(group_names([list(group.values()) for group in groups.values()]), groups.values()))
     if curves:
         with data.clear_errors(f"writing {curves}", "give another file with --curves"):
-            save_curves(curves, {names[key]: [run["curve"] for run in group.values()] for key, group in groups.items()})
-    lines, rows, first = [], [["", "n", *metrics]], metrics[0]
+            save_curves(curves, {name: [run["curve"] for run in group.values()] for name, group in groups.items()})
+    lines, rows, first, base = [], [["", "n", *metrics]], metrics[0], next(iter(groups))
     if baseline:
-        base = {seed: run["numbers"] for seed, run in groups[reference["settings"]].items()}
-        rows[0].append(f"{first} minus {names[reference['settings']]} [95 %]")
+        rows[0].append(f"{first} minus {base} [95 %]")
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for settings, group in groups.items():
+    for name, group in groups.items():
         command = re.sub(r"(seed[ =-]?)\d+", r"\1N", str(next(iter(group.values()))["args"].get("command", "")))
-        lines.append(f"- {names[settings]}, seed {', '.join(map(str, group))}: " +
-                     (f"`{command}`" if command else "command not recorded"))
-        numbers = {seed: run["numbers"] for seed, run in group.items()}
-        rows.append([names[settings], str(len(group)),
-                     *(spread(name, [n.get(name, math.nan) for n in numbers.values()]) for name in metrics)])
+        lines.append(f"- {name}, seed {', '.join(map(str, group))}: {f'`{command}`' if command else 'command not recorded'}")
+        values = {key: [run["numbers"].get(key, math.nan) for run in group.values()] for key in metrics}
+        rows.append([name, str(len(group)), *(spread(key, values[key]) for key in metrics)])
         if baseline:
-            pairs = [n.get(first, math.nan) - base.get(seed, {}).get(first, math.nan) for seed, n in numbers.items()]
-            rows[-1].append("-" if settings == reference["settings"] else spread(first, pairs, paired=True))
+            known = {seed: run["numbers"].get(first, math.nan) for seed, run in groups[base].items()}
+            pairs = [value - known.get(seed, math.nan) for seed, value in zip(group, values[first])]
+            rows[-1].append("-" if name == base else spread(first, pairs, paired=True))
     for key in ("torch", "commit"):
         lines.append(f"- {key}: {', '.join(dict.fromkeys(str(run['args'].get(key, 'unknown')) for run in runs))}")
     lines += ["", *(f"| {' | '.join(row)} |" for row in rows), *([""] if left_out else [])]
@@ -613,18 +603,14 @@ def main(argv=None):
         import prob_dml
 
         def kernel(queries, embeddings):
-            kappa = embeddings.norm(dim=1, keepdim=True)
-            return prob_dml.SIMILARITIES["elk"](queries, embeddings, kappa, 1, "exact", None)
+            return prob_dml.SIMILARITIES["elk"](queries, embeddings, embeddings.norm(dim=1, keepdim=True), 1, "exact", None)
         metrics.update({f"recall@{k} elk": v for k, v in recall_at_k(embeddings, test.labels, ks, kernel).items()})
     print(table({Path(given.checkpoint).name: metrics}))
     common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
-    rows = [dict(zip(("rejected", "error"), row)) for row in curve]
-    common.save_file(folder / "rejection.csv", common.csv_text(rows))
+    common.save_file(folder / "rejection.csv", common.csv_text([{"rejected": part, "error": error} for part, error in curve]))
     if given.pictures:
         def image(i):                              # as the network sees it
-            return shown[i][0] / 255
-
-        shown = data.Images(test, data.test_transform(args.image_size, args.augment))
+            return data.Images(test, data.test_transform(args.image_size, args.augment))[i][0] / 255
         save_retrieval(folder / "retrieval.png", image, embeddings, test.labels)
         save_norm_extremes(folder / "norms.png", image, embeddings, test.labels)
         print(f"pictures: {folder / 'retrieval.png'} (query, then its nearest; green right, red wrong), "

@@ -12,7 +12,6 @@ settings - main.
     ... --form released --guidance_weight 3                as published: the authors' formulas, with ProxyAnchor
     python prob_dml.py --dataset toy --metric elk          built-in characters, minutes on a laptop
     python prob_dml.py --metric kl --proxy vmf             any cell of the paper's ablation
-    python prob_dml.py --metric elk --guidance_weight 5    as a regulariser of ProxyAnchor
 """
 import math
 from functools import partial
@@ -33,8 +32,7 @@ DEBYE = [
     [3 / 24, -5 / 24],
     [81 / 1152, -462 / 1152, 385 / 1152],
     [30375 / 414720, -369603 / 414720, 765765 / 414720, -425425 / 414720],
-    [4465125 / 39813120, -94121676 / 39813120, 349922430 / 39813120, -446185740 / 39813120, 185910725 / 39813120],
-]
+    [4465125 / 39813120, -94121676 / 39813120, 349922430 / 39813120, -446185740 / 39813120, 185910725 / 39813120]]
 DEBYE_ORDER = 40  # the expansion is used from this order of the Bessel function on, where it is good to nearly 1e-10
 
 
@@ -219,8 +217,7 @@ def sample_angle(kappa, D, generator):
         x = (-2 / (D - 1) * (-u[0]).log1p()).expm1().sqrt() * (2 * math.pi * u[1]).cos()
         y = (2 * x.asinh()).exp()
         t = b * y
-        log_accept = (2 * k_pending * (b - t) / ((1 + t) * (1 + b))
-                      + (D - 1) * ((1 + y) * (1 + b) / (2 * (1 + t))).log())
+        log_accept = 2 * k_pending * (b - t) / ((1 + t) * (1 + b)) + (D - 1) * ((1 + y) * (1 + b) / (2 * (1 + t))).log()
         accepted = u[2].log() <= log_accept
         first = accepted.byte().argmax(0, keepdim=True)
         done = accepted.any(0)
@@ -521,14 +518,12 @@ def main(argv=None):
     papers = {f"{name}/{dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
     papers |= {"ablation": {**PAPER, **ABLATION}, **{f"..{metric}": row for metric, row in ABLATIONS.items()}}
     scratch = {"elk": SCRATCH, **{f"..{'/'.join(cell)}": row for cell, row in SCRATCHES.items()}}
-    p = common.parser(__doc__.split("\n\n")[0], "presets of the papers' runs: elk with nivmf proxies by data set/D (others: "
-                      "as CUB), then the ablation's other cells;\n"
-                      "..metric: only what differs; *_lr are multiples of --lr\n" + common.preset_table(papers)
-                      + "\n\npresets from scratch (--weights none, toy)\n" + common.preset_table(scratch))
+    p = common.parser(__doc__.split("\n\n")[0], "presets of the papers' runs: elk with nivmf proxies by data set/D (others: as CUB), "
+                      "then the ablation's other cells;\n..metric: only what differs; *_lr are multiples of --lr\n" + common.preset_table(
+                          papers) + "\n\npresets from scratch (--weights none, toy)\n" + common.preset_table(scratch))
     add = p.add_argument_group("EL-nivMF").add_argument
     add("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
-    add("--proxy", choices=("nivmf", "vmf"),
-        help="default: nivmf, for cosine and l2, which know no concentration, vmf")
+    add("--proxy", choices=("nivmf", "vmf"), help="default: nivmf, for cosine and l2, which know no concentration, vmf")
     add("--form", choices=FORMS, help=f"of nivMF proxies; released: the authors' formulas (default: {DEFAULT_FORM})")
     add("--guidance_weight", type=common.not_negative(float), default=0.0,
         help="weight g of ProxyAnchor (default: 0; released: CUB 3 and 5 for D = 128 and 512, Cars 0.3 and 0.1)")
