@@ -297,12 +297,12 @@ def command(main):
     except KeyboardInterrupt:
         last = Path(command.folder or "no run yet") / "last.pt"
         processes()[0] or print("\ninterrupted: " + (
-            f"go on with python {sys.argv[0]} --resume {last}" if last.exists() else
+            f"go on with {command.launcher} {sys.argv[0]} --resume {last}" if last.exists() else
             "no epoch is complete, so there is nothing to resume"), file=sys.stderr)
         sys.exit(130)
 
 
-command.folder = None        # of the run, once it has one
+command.folder, command.launcher = None, "python"        # the run's folder, once it has one; what starts a script
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -360,9 +360,9 @@ def load_splits(args):
 # are gathered. So each computes the same loss of the whole batch, from the same random numbers; rank 0 alone writes.
 
 def join_processes(device):
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
                                 device_id=device if device.type == "cuda" else None)
         if dist.get_rank():
@@ -523,7 +523,7 @@ def train(args, criterion, name, setup=None):
         columns[title] = {"epoch": saved["epoch"], **metrics}
     print(f"\ntest classes; the best epoch is chosen by {judged} Recall@1\n" + evaluate.table(columns), flush=True)
     save_file(out / "results.json", json.dumps(columns, indent=1))
-    print(f"\npictures: python evaluate.py --checkpoint {out / 'best.pt'} --pictures")
+    print(f"\npictures: {command.launcher} evaluate.py --checkpoint {out / 'best.pt'} --pictures")
     return columns
 
 
@@ -550,8 +550,8 @@ def run_folder(args, name):
         out = chosen[0]
     args.out = command.folder = str(out)
     if not args.resume:
-        script = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-        made_by = {"command": shlex.join(["python", *script]), "torch": torch.__version__, "commit": commit()}
+        script = shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+        made_by = {"command": f"{command.launcher} {script}", "torch": torch.__version__, "commit": commit()}
         save_file(out / "args.json", json.dumps({**vars(args), **made_by}, indent=1))
     return out
 

@@ -1,7 +1,7 @@
 """A pretrained network without a GPU: EfficientNet-Lite0, registered as one's own backbone, only its last stages trained.
 
     python tests/pretrained.py nir.py --dataset cub200 --data_root FOLDER --weights efficientnet_lite0.pth --epochs 15 ...
-    python tests/pretrained.py prob_dml.py ...
+    python tests/pretrained.py prob_dml.py ...                       # or objectives.py
     python tests/pretrained.py evaluate.py --checkpoint runs/NAME/best.pt
 
 Everything behind the script's name goes to the script. The stem and stages 0 to 4 stay as they are, so what they make of
@@ -25,6 +25,7 @@ from torch import nn
 from torchvision.transforms import RandomResizedCrop
 
 import nir
+import objectives
 import prob_dml
 from data import UserError, progress
 
@@ -176,11 +177,14 @@ def use_features(views):
 
 
 def main():
-    scripts = {"nir.py": nir, "prob_dml.py": prob_dml, "evaluate.py": evaluate}
+    scripts = {"nir.py": nir, "prob_dml.py": prob_dml, "objectives.py": objectives, "evaluate.py": evaluate}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="all other options are the script's", add_help=False)
     p.add_argument("script", choices=scripts)
     p.add_argument("--views", type=common.positive(int), default=8, help="augmented views of each training image (default: 8)")
     own, argv = p.parse_known_args()
+    common.command.launcher = f"python {os.path.relpath(sys.argv.pop(0))}"       # for advice, and the command in args.json
+    sys.argv.remove(own.script)
+    sys.argv.insert(0, own.script)
     if own.script != "evaluate.py":                          # which takes its settings from the checkpoint, and real pictures
         use_features(own.views)
         if not any(word.startswith("--res") for word in argv):

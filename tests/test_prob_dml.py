@@ -3,6 +3,7 @@ the loss against what the paper says of it."""
 import argparse
 import csv
 import math
+import types
 
 import numpy as np
 import pytest
@@ -819,6 +820,12 @@ def test_every_cell_trains_from_the_command_line(metric, proxy, tmp_path, capsys
     assert float(last[metric]) < float(first[metric]) + 0.5
     changed = [float(first[key]) != float(last[key]) for key in ("temperature", "norm_mean")]
     assert all(changed) and "recall@1" in capsys.readouterr().out
+
+
+def test_a_device_without_float64_is_one_sentence():
+    kappa = types.SimpleNamespace(device=types.SimpleNamespace(type="mps"))
+    with pytest.raises(UserError, match="needs float64, which an MPS device does not have: use the CPU"):
+        prob_dml.vmf_normalizer(kappa, 8)
 
 
 @pytest.mark.parametrize("metric, proxy", CELLS)

@@ -52,7 +52,7 @@ def test_the_readmes_own_backbone_can_be_trained(monkeypatch):
     monkeypatch.setattr(common, "train", lambda args, *_: runs.append(args))
     monkeypatch.setattr(common, "BACKBONES", dict(common.BACKBONES))
     block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "BACKBONES" in block)
-    exec(block, {})
+    exec(block, {"__name__": "__main__"})
     args, = runs
     network = common.Network(args.arch, args.embed_dim, args.image_size)
     assert network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 128)
