@@ -45,8 +45,7 @@ def distances(embeddings):
 def draw(weights, generator):
     """A column of each row, in proportion to the weights: (T, B) -> (T,). The one whose exponential clock of that rate
     rings first, as in torch.multinomial, which refuses T = 0."""
-    clocks = torch.empty(weights.shape, device=weights.device).exponential_(generator=generator)
-    return (weights / clocks.clamp(min=1e-30)).argmax(1)
+    return (weights / -torch.rand(weights.shape, device=weights.device, generator=generator).log()).argmax(1)
 
 
 def anchors_positives(labels, generator):
