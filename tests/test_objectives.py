@@ -564,7 +564,8 @@ def test_presets_are_the_protocols_settings_field_by_field(loss, expected):
         rate = dict(loss_lr=200) if (loss, dataset) == ("normsoftmax", "sop") else {}
         assert given == {**REVISITING, **expected, **others, **rate}
     scratch = objectives.preset(argparse.Namespace(dataset="toy", weights="none", loss=loss))
-    assert all(scratch[name] == nir.SCRATCH[name] for name in ("batch_size", "lr", "epochs", "lr_steps", "lr_gamma", "warmup"))
+    assert all(scratch[name] == nir.SCRATCH[name] for name in ("batch_size", "epochs", "lr_steps", "lr_gamma", "warmup"))
+    assert scratch["lr"] == (3e-4 if loss == "arcface" else 3e-3)
     assert scratch["miner"] == expected.get("miner") and (scratch["loss_lr"] is None) == ("loss_lr" not in expected)
 
 
