@@ -1,8 +1,7 @@
 """Data sets for zero-shot retrieval: where the files come from, how the classes are split, how batches are drawn.
 
-Training and test classes are disjoint: the first half of a data set's classes trains, the second half is only ever retrieved.
-In reading order: readers of CUB200-2011, Cars196, Stanford Online Products (SOP) and of a folder of one's own photographs;
-downloads; the built-in `toy` characters; images; batches.
+The first half of a data set's classes trains, the second half is only ever retrieved. In reading order: readers of CUB200-2011,
+Cars196, Stanford Online Products (SOP), a folder of one's own; downloads; the built-in `toy` characters; images; batches.
 """
 import contextlib
 import errno
