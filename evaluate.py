@@ -302,7 +302,7 @@ def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
 
 def style(name, size=1.0):
     """(factor, format, unit) of a metric: fractions in percent, the rest, and gradient shares below 0.1 %, as it is."""
-    if not name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_", "nmi", "f1")):
+    if name not in ("nmi", "f1") and not name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_")):
         return 1, ".4g", ""
     return (1, ".2g", "") if name.startswith("grad_share_") and abs(size) < 1e-3 else (100, ".1f", " %")
 
@@ -609,8 +609,10 @@ def main(argv=None):
     common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
     common.save_file(folder / "rejection.csv", common.csv_text([{"rejected": part, "error": error} for part, error in curve]))
     if given.pictures:
+        shown = data.Images(test, data.test_transform(args.image_size, args.augment))
+
         def image(i):                              # as the network sees it
-            return data.Images(test, data.test_transform(args.image_size, args.augment))[i][0] / 255
+            return shown[i][0] / 255
         save_retrieval(folder / "retrieval.png", image, embeddings, test.labels)
         save_norm_extremes(folder / "norms.png", image, embeddings, test.labels)
         print(f"pictures: {folder / 'retrieval.png'} (query, then its nearest; green right, red wrong), "

@@ -399,10 +399,11 @@ class Criterion(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ the settings
 # A loss's own settings, Revisiting's too, are its defaults above. From scratch (--weights none, so also toy) all but the
-# rate is nir.py's, for comparison; of three rates validation classes chose 3e-3, for ArcFace 3e-4: RESULTS.md.
+# rate is nir.py's, for comparison; the rate is the best of three on validation classes: RESULTS.md.
 
 PAPER = dict(batch_size=112, lr=1e-5, epochs=150, lr_steps=[], lr_gamma=0.1, warmup=0)
 PRESETS = {"paper": PAPER, "sop": {**PAPER, "epochs": 100}, "scratch": {**{k: nir.SCRATCH[k] for k in PAPER}, "lr": 3e-3}}
+SCRATCH_LR = {"arcface": 3e-4}                                                           # all others: as in PRESETS
 # loss_lr in each: multiples of --lr, published as 5e-4, for normsoftmax 1e-5 or on SOP 2e-3. For softmax and SphereFace
 # nothing is published: they take ArcFace's. A boundary from scratch learns at the network's own rate.
 LOSS_LR = {"margin": (50, 50, 1), "softmax": (50, 50, 10), "normsoftmax": (1, 200, 10), "sphereface": (50, 50, 10),
@@ -412,14 +413,15 @@ LOSS_LR = {"margin": (50, 50, 1), "softmax": (50, 50, 10), "normsoftmax": (1, 20
 def preset(args):
     column = "scratch" if args.weights == "none" else "sop" if args.dataset == "sop" else "paper"
     rates = dict(zip(PRESETS, LOSS_LR.get(args.loss, ())))
-    own = {"lr": 3e-4} if column == "scratch" and args.loss == "arcface" else {}
-    return {**PRESETS[column], **own, "loss_lr": rates.get(column), "miner": "distance" if args.loss in MINED else None,
+    lr = SCRATCH_LR.get(args.loss, PRESETS[column]["lr"]) if column == "scratch" else PRESETS[column]["lr"]
+    return {**PRESETS[column], "lr": lr, "loss_lr": rates.get(column), "miner": "distance" if args.loss in MINED else None,
             "beta": "class" if args.loss == "margin" else None}
 
 
 def main(argv=None):
     table = {column: {**row, **{f"loss_lr {loss}": rates[i] for loss, rates in LOSS_LR.items()}}
              for i, (column, row) in enumerate(PRESETS.items())}
+    table["scratch"] |= {f"lr {loss}": lr for loss, lr in SCRATCH_LR.items()}
     p = common.parser(__doc__.split("\n\n")[0], "presets: paper is Revisiting Training Strategies, scratch --weights "
                       "none;\nloss_lr is a multiple of --lr\n" + common.preset_table(table))
     add = p.add_argument_group("loss and miner").add_argument

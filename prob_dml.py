@@ -518,9 +518,9 @@ def main(argv=None):
     papers = {f"{name}/{dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
     papers |= {"ablation": {**PAPER, **ABLATION}, **{f"..{metric}": row for metric, row in ABLATIONS.items()}}
     scratch = {"elk": SCRATCH, **{f"..{'/'.join(cell)}": row for cell, row in SCRATCHES.items()}}
-    p = common.parser(__doc__.split("\n\n")[0], "presets of the papers' runs: elk with nivmf proxies by data set/D (others: as CUB), "
-                      "then the ablation's other cells;\n..metric: only what differs; *_lr are multiples of --lr\n" + common.preset_table(
-                          papers) + "\n\npresets from scratch (--weights none, toy)\n" + common.preset_table(scratch))
+    p = common.parser(__doc__.split("\n\n")[0], "presets of the papers' runs: elk with nivmf proxies by data set/D (others: as "
+                      "CUB), then the ablation's other cells;\n..metric: only what differs; *_lr are multiples of --lr\n" +
+                      common.preset_table(papers) + "\n\npresets from scratch (--weights none, toy)\n" + common.preset_table(scratch))
     add = p.add_argument_group("EL-nivMF").add_argument
     add("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
     add("--proxy", choices=("nivmf", "vmf"), help="default: nivmf, for cosine and l2, which know no concentration, vmf")
