@@ -14,6 +14,7 @@ import json
 import math
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import data                                               # before torch: see its first lines
@@ -31,8 +32,9 @@ TIE = 1e-6         # cosines closer than this are equal: float32 products differ
                    # the matrix, and a network that has collapsed must not live on its rounding errors
 
 
-def check(embeddings, labels=None):
-    """(embeddings in float32 or float64 without gradient, labels renumbered 0 .. C-1), or a UserError."""
+def check(embeddings, labels=None, pairs=False):
+    """(embeddings in float32 or float64 without gradient, labels renumbered 0 .. C-1), or a UserError, with `pairs` also
+    where no class has two images."""
     if embeddings.dim() != 2 or embeddings.shape[0] < 2 or embeddings.shape[1] < 1:
         raise UserError(f"embeddings of shape {tuple(embeddings.shape)} cannot be evaluated: give (N, D) with N >= 2")
     if bad := int((~embeddings.isfinite()).any(1).sum()):
@@ -44,7 +46,10 @@ def check(embeddings, labels=None):
     if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
         raise UserError(f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit {len(embeddings)} "
                         "embeddings: give one integer for each")
-    return embeddings, labels.to(embeddings.device).unique(return_inverse=True)[1]
+    labels = labels.to(embeddings.device).unique(return_inverse=True)[1]
+    if pairs and labels.bincount().max() < 2:
+        raise UserError("no class has two images, so there is nothing to compare: evaluate on other data")
+    return embeddings, labels
 
 
 def usual_ks(dataset):
@@ -68,8 +73,6 @@ def comparisons(embeddings, labels, what, similarity=None):
     order, counts = labels.argsort(stable=True), labels.bincount()    # order: the members of class 0, of class 1, ...
     first = counts.cumsum(0) - counts                                 # where a class begins in order
     queries = order[counts[labels[order]] > 1]
-    if len(queries) == 0:
-        raise UserError("no class has two images, so there is nothing to retrieve: evaluate on other data")
     if len(queries) < len(labels):
         warnings.warn(f"{len(labels) - len(queries)} of {len(labels)} images are alone in their class and are left out "
                       "as queries")
@@ -97,7 +100,7 @@ def recall_at_k(embeddings, labels, ks, similarity=None):
     """
     check_ks(ks)
     ahead = []
-    for relatives, strangers in comparisons(*check(embeddings, labels), "recall: queries", similarity):
+    for relatives, strangers in comparisons(*check(embeddings, labels, pairs=True), "recall: queries", similarity):
         closest = relatives[:, :1]
         strangers.ge_(closest - TIE * closest.abs().clamp(min=1))    # ones and zeros in floats: adding those up is ten
         ahead.append(strangers.sum(1))                               # times faster than adding booleans
@@ -109,7 +112,7 @@ def mean_average_precisions(embeddings, labels, ks):
     """A list of mAP@k, one for each k of `ks`, in a single pass; k = None stands for R, the query's own number."""
     check_ks([k for k in ks if k is not None] or [1])
     totals, queries = [0.0] * len(ks), 0
-    for relatives, strangers in comparisons(*check(embeddings, labels), "mAP: queries"):
+    for relatives, strangers in comparisons(*check(embeddings, labels, pairs=True), "mAP: queries"):
         present = relatives > -math.inf
         R = present.sum(1, keepdim=True)
         # The j-th closest relative is at position j + strangers at least as close; the k closest of them are enough.
@@ -357,10 +360,8 @@ def save_retrieval(path, image, embeddings, labels, num_queries=10, neighbours=5
     `image(i)` gives picture i, (3, H, W) in [0, 1], all of one size; it is called for those shown alone. Queries have
     a relative; UserError if there is none.
     """
-    embeddings, labels = check(embeddings, labels)
+    embeddings, labels = check(embeddings, labels, pairs=True)
     possible = (labels.bincount()[labels] > 1).nonzero().flatten().cpu()
-    if len(possible) == 0:
-        raise UserError("no class has two images, so there is no retrieval to show: evaluate on other data")
     rng = torch.Generator().manual_seed(seed)
     queries = possible[torch.randperm(len(possible), generator=rng)[:num_queries]].to(labels.device)
     embeddings = F.normalize(embeddings, dim=1)
@@ -380,11 +381,9 @@ def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
     Takes the un-normalised (N, D) embeddings, and `image` as in `save_retrieval`. The classes are evenly spaced among
     those with enough images; UserError if all classes have one image.
     """
-    embeddings, labels = check(embeddings, labels)
+    embeddings, labels = check(embeddings, labels, pairs=True)
     counts, norms = labels.bincount(), embeddings.norm(dim=1)
     each = min(each, int(counts.max()) // 2)
-    if each < 1:
-        raise UserError("no class has two images, so there are no norms to compare: evaluate on other data")
     shown = (counts >= 2 * each).nonzero().flatten()
     low, high, rows = [], [], min(classes, len(shown))
     for i in range(rows):
@@ -402,36 +401,35 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 def save_curves(path, curves, label="Recall@1, %", size=(720, 420)):
     """A PNG file of {group: [a list of values by epoch for each seed]}: a colour per group, a thin line per seed, a thick
     one for the mean over the epochs that all its seeds have. Groups beyond the tenth take the first colours again."""
-    scale, values = 2, [v for runs in curves.values() for run in runs for v in run]       # drawn twice as large: smooth
+    values = [v for runs in curves.values() for run in runs for v in run]
     epochs, low, high = max(len(run) for runs in curves.values() for run in runs), min(values), max(values)
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if s >= (high - low) / 8 or s == 20)
     low, high = step * math.floor(low / step), step * max(math.ceil(high / step), math.floor(low / step) + 1)
-    left, top, right, bottom = 62, 14, size[0] - 14, size[1] - 44
-    picture = Image.new("RGB", [scale * n for n in size], "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13 * scale)
+    width, height = 2 * size[0], 2 * size[1]                                              # drawn twice as large: smooth
+    left, top, right, bottom = 124, 28, width - 28, height - 88
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    text = partial(draw.text, font=ImageFont.load_default(26), fill="black")
 
     def at(epoch, value):                          # epochs from 1, in pixels
-        x = left + (right - left) * (epoch - 1) / max(1, epochs - 1)
-        return scale * x, scale * (bottom - (bottom - top) * (value - low) / (high - low))
-
-    def text(x, y, words, anchor, fill="black"):
-        draw.text((scale * x, scale * y), words, fill=fill, font=font, anchor=anchor)
-    for i in range(round((high - low) / step) + 1):
-        value = low + i * step
-        draw.line([at(1, value), at(epochs, value)], fill="#dddddd", width=scale)
-        text(left - 8, at(1, value)[1] / scale, f"{value:g}" if step >= 1 else f"{value:.1f}", "rm")
+        return (left + (right - left) * (epoch - 1) / max(1, epochs - 1),
+                bottom - (bottom - top) * (value - low) / (high - low))
+    for value in np.arange(low, high + step / 2, step):
+        draw.line([at(1, value), at(epochs, value)], fill="#dddddd", width=2)
+        text((left - 16, at(1, value)[1]), f"{value:g}" if step >= 1 else f"{value:.1f}", anchor="rm")
     for epoch in range(1, epochs + 1, max(1, math.ceil(epochs / 15))):
-        draw.line([at(epoch, low), (at(epoch, low)[0], scale * (bottom + 5))], fill="black", width=scale)
-        text(at(epoch, low)[0] / scale, bottom + 15, str(epoch), "mm")
-    draw.line([at(1, high), at(1, low), at(epochs, low)], fill="black", width=scale)
-    text((left + right) / 2, size[1] - 10, "epoch", "mm")
-    text(left + 8, top + 8, label, "lm")
+        x, y = at(epoch, low)
+        draw.line([x, y, x, y + 10], fill="black", width=2)
+        text((x, y + 30), str(epoch), anchor="mm")
+    draw.line([at(1, high), at(1, low), at(epochs, low)], fill="black", width=2)
+    text(((left + right) / 2, height - 20), "epoch", anchor="mm")
+    text((left + 16, top + 16), label, anchor="lm")
     for i, (name, runs) in enumerate(curves.items()):
-        mean = [float(np.mean(column)) for column in zip(*runs)]
-        for run, width in (*((run, 1) for run in runs), (mean, 3 * scale)):
+        colour, mean = COLOURS[i % len(COLOURS)], [float(np.mean(column)) for column in zip(*runs)]
+        for run, thickness in (*((run, 1) for run in runs), (mean, 6)):
             points = [at(epoch, value) for epoch, value in enumerate(run, start=1)]
-            draw.line(points if len(points) > 1 else points * 2, fill=COLOURS[i % len(COLOURS)], width=width, joint="curve")
-        text(right - 8, bottom - 12 - 17 * (len(curves) - 1 - i), f"{name} (n = {len(runs)})", "rm", COLOURS[i % len(COLOURS)])
+            draw.line(points if len(points) > 1 else points * 2, fill=colour, width=thickness, joint="curve")
+        text((right - 16, bottom - 24 - 34 * (len(curves) - 1 - i)), f"{name} (n = {len(runs)})", anchor="rm", fill=colour)
     picture.resize(size, Image.Resampling.LANCZOS).save(path, format="png")
 
 
