@@ -803,7 +803,7 @@ def test_first_steps_of_a_papers_run_keep_warm_started_proxies_and_free_the_temp
 
 @pytest.mark.parametrize("metric, proxy", CELLS)
 def test_every_cell_trains_from_the_command_line(metric, proxy, tmp_path, capsys):
-    """Two epochs on eight classes of one-coloured pictures; the log follows norm, concentration and temperature."""
+    """Eight epochs on pictures of one colour each; the log follows norm, concentration and temperature."""
     rng = torch.Generator().manual_seed(0)
     for c in range(8):
         colour = torch.rand(3, 1, 1, generator=rng)
@@ -812,12 +812,12 @@ def test_every_cell_trains_from_the_command_line(metric, proxy, tmp_path, capsys
             path.parent.mkdir(parents=True, exist_ok=True)
             torchvision.utils.save_image((colour + 0.1 * torch.randn(3, 20, 20, generator=rng)).clamp(0, 1), path)
     prob_dml.main(["--dataset", "folder", "--data_root", str(tmp_path / "photos"), "--arch", "conv4", "--image_size", "16",
-                   "--embed_dim", "8", "--batch_size", "8", "--workers", "0", "--device", "cpu", "--epochs", "2",
+                   "--embed_dim", "8", "--batch_size", "8", "--workers", "0", "--device", "cpu", "--epochs", "8",
                    "--metric", metric, "--proxy", proxy, "--guidance_weight", "0.1", "--out", str(tmp_path / "run")])
-    first, last = csv.DictReader(open(tmp_path / "run/log.csv"))
+    first, *_, last = csv.DictReader(open(tmp_path / "run/log.csv"))
     assert {metric, "guidance", f"grad_share_{metric}", "norm_mean", "norm_std", "temperature"} <= last.keys()
     assert ("anisotropy" in last) == (proxy == "nivmf") and ("concentration" in last) == (metric != "cosine")
-    assert float(last[metric]) < float(first[metric]) + 0.5
+    assert float(last[metric]) < float(first[metric]) / 10
     changed = [float(first[key]) != float(last[key]) for key in ("temperature", "norm_mean")]
     assert all(changed) and "recall@1" in capsys.readouterr().out
 
