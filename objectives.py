@@ -120,7 +120,8 @@ def masked_logsumexp(x, mask):
 
 
 class Ranking(nn.Module):
-    """L = the mean of parts(...), none below 0, 0 without any. The log tells the share of parts that are not zero."""
+    """L = the mean of parts(...), none below 0, 0 without any. The log tells the share of parts that are not zero, nan
+    without any."""
 
     @full_precision
     def forward(self, *batch, **named):
@@ -234,8 +235,9 @@ class MultiSimilarity(Ranking):
                      + 1/beta  log(1 + sum_{N_i'} exp( beta  (S_ik - threshold)))
         P_i' = {k in P_i: S_ik < max_{n in N_i} S_in + epsilon}, N_i' = {k in N_i: S_ik > min_{p in P_i} S_ip - epsilon}
 
-    Settings and mean are those of the authors' code. (The paper has beta 50, threshold 1; Revisiting has these settings
-    and a mean over the anchors that keep a pair, whose share is logged.) P_i' and N_i' are empty together.
+    Settings and mean are those of the authors' code, which also drops positives with S > 1 - 1e-5, copies. (The paper has
+    beta 50, threshold 1; Revisiting has these settings and a mean over the anchors that keep a pair, whose share is
+    logged.) P_i' and N_i' are empty together.
     """
 
     def __init__(self, alpha=2.0, beta=40.0, threshold=0.5, epsilon=0.1):
@@ -303,8 +305,8 @@ class SphereFace(ClassVectors):
         logits_ic = ||e_i|| cos(theta_ic), for the own class ||e_i|| psi(theta_iy)
         psi(t)    = (-1)^k cos(m t) - 2k  for t in [k pi/m, (k+1) pi/m]        falls steadily from 1 to 1 - 2m
 
-    The tutorial's one formula for "Sphere-/ArcFace" adds its margin: that is ArcFace's. With annealing, as the authors
-    train it, the own logit is ||e_i|| (la cos + psi) / (1 + la), la = max(5, 1000 / (1 + 0.12 step)); `step`, a buffer,
+    The tutorial's one formula for "Sphere-/ArcFace" adds its margin, with a fixed scale in place of ||e_i||: that is
+    ArcFace's. With annealing, as the authors train it, the own logit is ||e_i|| (la cos + psi) / (1 + la), la = max(5, 1000 / (1 + 0.12 step)); `step`, a buffer,
     counts the calls in training mode. Raises UserError for an m other than 1, 2, ...
     """
 
@@ -341,7 +343,8 @@ class ArcFace(ClassVectors):
         logits_ic = scale cos(theta_ic), for the own class scale cos(theta_iy + m)          if theta_iy <= pi - m,
                                                   as the authors scale (cos(theta_iy) - m sin(m)) beyond
 
-    Past pi the cosine would rise again, and reward the wrong side. Scale 16 is Revisiting's, 64 the paper's. (Revisiting
+    Past pi the cosine would rise again, and reward the wrong side. At the seam the logit jumps down, for m = 0.5 by
+    0.12 scale. Scale 16 is Revisiting's, 64 the paper's. (Revisiting
     clamps all cosines to be positive, which takes the gradient from half the sphere: not followed.)
     """
 

@@ -633,7 +633,7 @@ __import__(sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("script", ["nir", "prob_dml", "evaluate"])
+@pytest.mark.parametrize("script", ["nir", "prob_dml", "objectives", "evaluate"])
 def test_idle_threads_sleep_in_every_script_unless_the_user_wants_otherwise(script):
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     for own, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):

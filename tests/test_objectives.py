@@ -16,7 +16,7 @@ import evaluate
 import nir
 import objectives
 from data import UserError
-from test_common import assert_same
+from test_common import assert_same, run
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2, 0, 1, 3])                               # the last class has one image
 
@@ -148,7 +148,8 @@ CASES = {
     "margin": (lambda: objectives.Margin(4, beta=1.1), slow_margin),
     "margin, nu": (lambda: objectives.Margin(4, nu=0.05), slow_margin),
     "margin, global": (lambda: objectives.Margin(4, beta=1.1, nu=0.05, granularity="global"), slow_margin),
-    "lifted": (lambda: objectives.Lifted(4.0), slow_lifted), "genlifted": (lambda: objectives.GenLifted(2.0, 0.1), slow_genlifted),
+    "lifted": (lambda: objectives.Lifted(4.0), slow_lifted), "lifted, some far enough": (lambda: objectives.Lifted(-2.0), slow_lifted),
+    "genlifted": (lambda: objectives.GenLifted(2.0, 0.1), slow_genlifted),
     "multisimilarity": (lambda: objectives.MultiSimilarity(3.0, 7.0, 0.2, 0.15), slow_multisimilarity),
     "multisimilarity, default": (objectives.MultiSimilarity, slow_multisimilarity),
     "softmax": (lambda: objectives.Softmax(4, 5), slow_classifier(LOGITS["softmax"], LOGITS["softmax"])),
@@ -165,6 +166,8 @@ LOSSES = {key: make for key, (make, _) in CASES.items() if "," not in key} | {"s
 def test_value_and_gradients_are_those_of_the_formula(case):
     make, slow = CASES[case]
     (x, y), loss = batch(scale=1.0), make().double()
+    if case == "lifted, some far enough":                                    # [J]+ is 0 for some pairs
+        assert 0 < (loss.parts(x, y) == 0).sum() < len(loss.parts(x, y))
     if case == "arcface, wide":                                              # angles on both sides of pi - m
         own = loss.cosine(x).gather(1, y.unsqueeze(1)).acos()
         assert (own < math.pi - 1.5).any() and (own > math.pi - 1.5).any()
@@ -220,7 +223,8 @@ def test_losses_compute_in_float32_under_autocast_and_of_half_precision(name):
     with torch.autocast("cpu", torch.bfloat16):
         inside = call(loss, x, y)
     assert inside.dtype == torch.float32 and torch.equal(inside, call(loss, x, y))
-    assert call(loss, x.bfloat16(), y).dtype == torch.float32
+    x = x.bfloat16()
+    assert call(loss, x, y).dtype == torch.float32 and torch.equal(call(loss, x, y), call(loss, x.float(), y))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -240,6 +244,16 @@ def test_length_matters_to_lifted_softmax_and_sphereface_alone():
         loss = make().double()
         same = call(loss, x, y).item() == pytest.approx(call(loss, 2 * x, y).item())
         assert same == (name not in ("lifted", "genlifted", "softmax", "sphereface"))
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("triplet", dict(margin=0.2)), ("margin", dict(margin=0.2, nu=0.0)), ("lifted", dict(alpha=1.0)),
+    ("genlifted", dict(alpha=1.0, weight=0.005)), ("multisimilarity", dict(alpha=2.0, beta=40.0, threshold=0.5, epsilon=0.1)),
+    ("softmax", {}), ("normsoftmax", dict(temperature=0.05)), ("sphereface", dict(margin=4, annealing=True)),
+    ("arcface", dict(scale=16.0, margin=0.5))])
+def test_a_run_has_the_published_settings(name, settings):
+    made = objectives.LOSSES[name](7, 64, "class")
+    assert {key: getattr(made, key) for key in settings} == settings
 
 
 # ------------------------------------------------------------------------------------------------------- ranking
@@ -264,6 +278,13 @@ def test_margin_is_zero_where_nothing_is_active():
     value = loss(x, y, objectives.mine_random(x, y))
     value.backward()
     assert value == 0 and (x.grad == 0).all() and (loss.beta.grad == 0).all()
+
+
+def test_losses_take_whole_numbers_and_names():
+    x, y = batch()
+    assert objectives.Margin(2, beta=1).beta.dtype == torch.float32
+    assert objectives.SphereFace(4, 5, margin=4.0).double()(x, y).isfinite()
+    assert objectives.Lifted()(embeddings=x, labels=y) == objectives.Lifted()(x, y)
 
 
 def test_lifted_distances_of_near_copies_are_exact_in_float32():
@@ -360,9 +381,10 @@ def test_arcface_falls_on_either_side_of_pi_minus_m(m):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["sphereface", "arcface"])
 def test_embeddings_on_and_opposite_to_their_class_vector_have_finite_gradients(name, dtype):
-    loss = LOSSES[name]().to(dtype)
+    torch.manual_seed(0)
+    loss = {"sphereface": objectives.SphereFace, "arcface": objectives.ArcFace}[name](200, 64).to(dtype)
     x = torch.cat([loss.proxies.detach(), -loss.proxies.detach()]).requires_grad_()
-    loss(x, torch.arange(4).repeat(2)).backward()
+    loss(x, torch.arange(200).repeat(2)).backward()
     assert x.grad.isfinite().all() and loss.proxies.grad.isfinite().all()
 
 
@@ -378,6 +400,51 @@ def test_miners_return_one_valid_triplet_for_each_anchor_that_has_one(name):
         assert (a != p).all() and (y[a] == y[p]).all() and (y[a] != y[n]).all()
         seen |= set(zip(a.tolist(), p.tolist()))
     assert len(seen) == 3 * 2 + 3 * 2 + 2                                        # every positive of every anchor
+
+
+@pytest.mark.parametrize("name", objectives.MINERS)
+def test_positives_are_uniform(name):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.tensor([0, 0, 0, 0, 1, 1])
+    drawn = torch.stack([objectives.MINERS[name](x, y)[1][0] for _ in range(1500)]).bincount()
+    assert drawn[0] == 0 and (drawn[1:4] / 1500 - 1 / 3).abs().max() < 0.06           # five deviations
+
+
+def circle(*angles):
+    """Points of the unit circle; the distance of two is 2 sin(half the angle between them)."""
+    t = torch.tensor(angles, dtype=torch.float64)
+    return torch.stack([t.cos(), t.sin()], dim=1)
+
+
+@pytest.mark.parametrize("name, reached", [("random", {2, 3, 4, 5}), ("semihard", {2, 3}), ("nearest", {2}), ("distance", {2, 3, 4})])
+def test_the_miner_of_a_name_reaches_its_negatives(name, reached):
+    torch.manual_seed(0)
+    x, y = circle(0, 0.1, 0.25, 0.28, 1.0, 2.5), torch.tensor([0, 0, 1, 2, 3, 4])
+    assert {objectives.MINERS[name](x, y)[2][0].item() for _ in range(200)} == reached
+
+
+def test_a_copy_of_the_positive_is_not_beyond_it():
+    x, y = circle(0, 1.0, 1.0, 2.0), torch.tensor([0, 0, 1, 2])
+    assert objectives.mine_nearest(x, y)[2][0] == 3
+    assert {objectives.mine_semihard(x, y, margin=1.0)[2][0].item() for _ in range(50)} == {3}
+
+
+def test_the_distance_miner_uses_its_cutoffs():
+    torch.manual_seed(0)
+    x, y = circle(0, 0.1, 0.25, 1.0), torch.tensor([0, 0, 1, 2])
+    assert {objectives.mine_distance(x, y, upper=0.6)[2][0].item() for _ in range(100)} == {2}
+    x = F.pad(circle(0, 0.1, 0.25, 0.8), (0, 62))                                      # 1 / q falls by d^-62
+    assert {objectives.mine_distance(x, y)[2][0].item() for _ in range(100)} == {2}
+    assert {objectives.mine_distance(x, y, lower=1.0)[2][0].item() for _ in range(100)} == {2, 3}
+
+
+def test_distances_of_copies_and_of_opposites_are_finite():
+    torch.manual_seed(0)
+    d = objectives.distances(torch.randn(200, 64).repeat(2, 1))
+    assert d.isfinite().all() and d.diagonal().max() < 2e-3
+    x = torch.eye(8)[[0, 0, 1, 0]] * torch.tensor([[1.0], [1], [1], [-1]])
+    p = objectives.distance_probabilities(x, torch.tensor([0, 0, 1, 1]), upper=2.1)
+    torch.testing.assert_close(p.sum(1), torch.ones(4))
 
 
 @pytest.mark.parametrize("name", objectives.MINERS)
@@ -531,6 +598,8 @@ def test_the_log_tells_what_the_loss_is_about():
     made = objectives.Criterion(objectives.Margin(4), "nearest")
     logged = made.log_values(x[2:8], y[2:8])
     assert logged.keys() == {"active", "boundary", "mined_distance"} and logged["boundary"] == pytest.approx(1.2)
+    made.loss.beta.data[:] = torch.tensor([1.0, 2, 3, 6])
+    assert made.log_values(x, y)["boundary"] == 3
     made = objectives.Criterion(objectives.Triplet(), "nearest")                      # two classes of two: one choice of p
     pairs = x[[0, 1, 2, 7]], y[[0, 1, 2, 7]]
     a, _, n = objectives.mine_nearest(*pairs)
@@ -539,6 +608,14 @@ def test_the_log_tells_what_the_loss_is_about():
     loss = objectives.ArcFace(4, 5).double()
     angles = [math.degrees(math.acos(F.cosine_similarity(x[i], loss.proxies[y[i]], dim=0).item())) for i in range(len(x))]
     assert objectives.Criterion(loss).log_values(x, y) == pytest.approx({"own_angle": sum(angles) / len(angles)})
+    many = objectives.Softmax(200, 64)                                                # some cosines round to more than 1
+    assert objectives.Criterion(many).log_values(many.proxies, torch.arange(200))["own_angle"] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_criterions_term_has_the_losss_name(name):
+    made = objectives.Criterion(LOSSES[name](), "random" if name in objectives.MINED else None)
+    assert list(made.terms(*batch(dtype=torch.float32))) == [name]
 
 
 def test_a_losss_parameters_have_a_group_of_their_own_or_none():
@@ -563,10 +640,11 @@ def test_presets_are_the_protocols_settings_field_by_field(loss, expected):
         given.pop("lr_gamma")                                                     # means nothing without steps
         rate = dict(loss_lr=200) if (loss, dataset) == ("normsoftmax", "sop") else {}
         assert given == {**REVISITING, **expected, **others, **rate}
-    scratch = objectives.preset(argparse.Namespace(dataset="toy", weights="none", loss=loss))
-    assert all(scratch[name] == nir.SCRATCH[name] for name in ("batch_size", "epochs", "lr_steps", "lr_gamma", "warmup"))
-    assert scratch["lr"] == (3e-4 if loss == "arcface" else 3e-3)
-    assert scratch["miner"] == expected.get("miner") and (scratch["loss_lr"] is None) == ("loss_lr" not in expected)
+    for dataset in ("toy", "folder", "cub200", "sop"):
+        scratch = objectives.preset(argparse.Namespace(dataset=dataset, weights="none", loss=loss))
+        assert all(scratch[name] == nir.SCRATCH[name] for name in ("batch_size", "epochs", "lr_steps", "lr_gamma", "warmup"))
+        assert scratch["lr"] == (3e-4 if loss == "arcface" else 3e-3) and scratch["miner"] == expected.get("miner")
+        assert scratch["loss_lr"] == (None if "loss_lr" not in expected else 1 if loss == "margin" else 10)
 
 
 def started(monkeypatch, *argv):
@@ -604,7 +682,7 @@ def test_the_command_line_chooses_loss_miner_and_boundary(monkeypatch):
     (["--loss", "arcface", "--miner", "random"], "--miner random means nothing to --loss arcface"),
     (["--loss", "triplet", "--beta", "class"], "--beta class means nothing to --loss triplet, only to margin: leave it out"),
     (["--loss", "lifted", "--loss_lr", "2"], "--loss_lr 2.0 means nothing to --loss lifted"),
-    (["--loss_lr", "0"], "0 is not above zero"),
+    (["--loss_lr", "0"], "0 is not above zero"), (["--beta", "image"], "invalid choice: 'image'"),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -619,7 +697,12 @@ def test_help_lists_presets_and_options(capsys):
     with pytest.raises(SystemExit):
         objectives.main(["--help"])
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--loss", "--miner", "--beta", "--loss_lr", "loss_lr normsoftmax"))
+    assert all(option in text for option in ("--loss", "--miner", "--beta", "--loss_lr", "loss_lr normsoftmax", "lr arcface"))
+
+
+def test_the_script_runs_its_main():
+    done = run("--loss", "lifted", "--miner", "random", script="objectives.py")
+    assert done.returncode == 2 and done.stderr.startswith("error: --miner random means nothing to --loss lifted")
 
 
 # ------------------------------------------------------------------------------------------------------- training
