@@ -120,8 +120,7 @@ def masked_logsumexp(x, mask):
 
 
 class Ranking(nn.Module):
-    """L = the mean of parts(...), none below 0, 0 without any. The log tells the share of parts that are not zero, nan
-    without any."""
+    """L = the mean of parts(...), none below 0, 0 without any. The log tells the share of parts above 0 (nan without)."""
 
     @full_precision
     def forward(self, *batch, **named):
@@ -306,8 +305,9 @@ class SphereFace(ClassVectors):
         psi(t)    = (-1)^k cos(m t) - 2k  for t in [k pi/m, (k+1) pi/m]        falls steadily from 1 to 1 - 2m
 
     The tutorial's one formula for "Sphere-/ArcFace" adds its margin, with a fixed scale in place of ||e_i||: that is
-    ArcFace's. With annealing, as the authors train it, the own logit is ||e_i|| (la cos + psi) / (1 + la), la = max(5, 1000 / (1 + 0.12 step)); `step`, a buffer,
-    counts the calls in training mode. Raises UserError for an m other than 1, 2, ...
+    ArcFace's. With annealing, as the authors train it, the own logit is ||e_i|| (la cos + psi) / (1 + la),
+    la = max(5, 1000 / (1 + 0.12 step)); `step`, a buffer, counts the calls in training mode. Raises UserError for an m
+    other than 1, 2, ...
     """
 
     def __init__(self, num_classes, dim, margin=4, annealing=False):
@@ -344,8 +344,8 @@ class ArcFace(ClassVectors):
                                                   as the authors scale (cos(theta_iy) - m sin(m)) beyond
 
     Past pi the cosine would rise again, and reward the wrong side. At the seam the logit jumps down, for m = 0.5 by
-    0.12 scale. Scale 16 is Revisiting's, 64 the paper's. (Revisiting
-    clamps all cosines to be positive, which takes the gradient from half the sphere: not followed.)
+    0.12 scale. Scale 16 is Revisiting's, 64 the paper's. (Revisiting clamps all cosines to be positive, which takes the
+    gradient from half the sphere: not followed.)
     """
 
     def __init__(self, num_classes, dim, scale=16.0, margin=0.5):
