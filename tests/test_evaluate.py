@@ -733,6 +733,13 @@ def test_a_value_that_some_runs_of_a_group_lack_is_averaged_over_the_others_and_
     assert table_rows(evaluate.compare(runs, metrics=["extra"]))["a"] == ["3", "1.5 ± 0.71 (n = 2)"]
 
 
+def test_photographs_of_two_folders_are_two_data_sets(tmp_path):
+    cats, moved, dogs = [finished_run(tmp_path / name, seed, dataset="folder", data_root=root)
+                         for seed, (name, root) in enumerate((("a", "photos/cats"), ("b", "/moved/cats"), ("c", "photos/dogs")))]
+    text = evaluate.compare([cats, moved, dogs])
+    assert table_rows(text)["a"][0] == "2" and f"{dogs} (unlike: folder dogs, 3 epochs, val_fraction 0.0; not folder cats" in text
+
+
 def test_missing_unfinished_unlike_broken_and_doubled_runs_are_named_and_left_out(tmp_path, capsys):
     def broken(name, file, content):
         folder = finished_run(tmp_path / name, 5)
