@@ -1,3 +1,4 @@
+import csv
 import itertools
 import json
 import math
@@ -9,7 +10,7 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_tensor
 
 import common
@@ -850,3 +851,191 @@ def test_compare_draws_the_curves_of_its_groups(tmp_path):
     assert Image.open(tmp_path / "curves.png").size == (720, 420)
     with pytest.raises(UserError, match="writing .* failed .*give another file with --curves"):
         evaluate.main(["--compare", *map(str, runs), "--curves", str(tmp_path / "no folder/curves.png")])
+
+
+# ------------------------------------------------------------------------------------- edges, and what main writes
+
+@pytest.mark.filterwarnings("ignore:.*alone in their class")
+@pytest.mark.parametrize("strangers, expected", [(999, 1 / 1000), (1000, 0)])
+def test_map_at_1000_ends_at_position_1000(strangers, expected):
+    # The only pair is 120 degrees apart; all strangers lie between the two, so the relative is at strangers + 1.
+    embeddings, labels = on_a_circle(0, 120, *np.linspace(55, 65, strangers)), torch.arange(strangers + 2).sub(1).clamp(min=0)
+    assert evaluate.mean_average_precision(embeddings, labels) == pytest.approx(expected, abs=1e-9)
+    small = evaluate.all_metrics(embeddings, labels, ks=(1000,))
+    assert small["map@1000"] == pytest.approx(expected, abs=1e-9) and small["recall@1000"] == (strangers < 1000)
+
+
+def test_papers_report_stanford_online_products_at_1_10_100_1000():
+    assert evaluate.usual_ks("sop") == (1, 10, 100, 1000) and evaluate.usual_ks("cub200") == (1, 2, 4, 8)
+
+
+def test_elk_clarity_and_rejection_of_a_checkpoint_agree_with_their_formulas(tmp_path, monkeypatch):
+    seen, rng, y = [], np.random.default_rng(0), np.arange(300) % 10
+    x = (rng.normal(size=(10, 8))[y] + rng.normal(size=(300, 8))) * rng.uniform(0.3, 10, (300, 1))
+    test = data.load("toy", None)[1]
+    test = test._replace(images=test.images[:300], labels=torch.tensor(y), ambiguity=test.ambiguity[:300])
+    monkeypatch.setattr(common, "load_splits", lambda args: (None, None, test))
+    monkeypatch.setattr(common, "embed", lambda *_: torch.tensor(x).float())
+    monkeypatch.setattr(evaluate, "save_retrieval", lambda path, image, *_: seen.append(image(5)))
+    monkeypatch.setattr(evaluate, "save_norm_extremes", lambda *_: None)
+    evaluate.main(["--checkpoint", untrained(tmp_path), "--retrieval", "elk", "--pictures"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    norm, D = np.linalg.norm(x, axis=1), x.shape[1]
+
+    def log_c(k):                                              # log of (D/2-1 power of k) / ((2 pi)^(D/2) I_(D/2-1)(k))
+        return (D / 2 - 1) * np.log(k) - D / 2 * math.log(2 * math.pi) - np.log(scipy.special.ive(D / 2 - 1, k)) - k
+    both = np.sqrt(np.maximum((norm ** 2)[:, None] + norm ** 2 + 2 * x @ x.T, 1e-30))         # |k1 mu1 + k2 mu2|
+    elk = log_c(norm)[:, None] + log_c(norm) - log_c(both)
+    np.fill_diagonal(elk, -np.inf)
+    right = (y[elk.argmax(1)] == y).mean()
+    assert abs(right - metrics["recall@1"]) > 0.02                   # it is not the cosine's
+    assert metrics["recall@1 elk"] == pytest.approx(right, abs=1e-9)
+    assert metrics["norm_clarity"] == pytest.approx(scipy.stats.spearmanr(norm, -test.ambiguity.numpy()).statistic, abs=1e-6)
+    rows = list(csv.DictReader((tmp_path / "rejection.csv").open()))
+    assert [float(row["rejected"]) for row in rows] == pytest.approx([i / 20 for i in range(20)])
+    assert float(rows[0]["error"]) == pytest.approx(1 - metrics["recall@1"], abs=1e-9)
+    assert 0 <= seen[0].min() and 0.05 < seen[0].max() <= 1 and len(seen[0].unique()) > 10    # a picture in [0, 1]
+
+
+def test_the_curves_of_a_comparison_are_the_validations_where_there_is_one_and_in_percent(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save_curves", lambda path, curves: drawn.append(curves))
+    run = finished_run(tmp_path / "a", recall=0.25)
+    evaluate.compare([run], curves="c.png")
+    (run / "log.csv").write_text("epoch,test_recall@1,val_recall@1\n1,0.9,0.1\n2,0.9,0.2\n3,0.9,0.4\n")
+    evaluate.compare([run], curves="c.png")
+    assert drawn == [{"a": [pytest.approx([25.0] * 3)]}, {"a": [pytest.approx([10.0, 20.0, 40.0])]}]
+
+
+def test_the_numbers_on_the_axes_and_the_mean_of_the_curves_are_true(tmp_path, monkeypatch):
+    words, lines, text, line = {}, [], ImageDraw.ImageDraw.text, ImageDraw.ImageDraw.line
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, s, *a, **k: [words.setdefault(s, xy), text(self, xy, s, *a, **k)])
+    monkeypatch.setattr(ImageDraw.ImageDraw, "line", lambda self, xy, *a, **k: [lines.append((k["width"], xy)), line(self, xy, *a, **k)])
+    evaluate.save_curves(tmp_path / "c.png", {"a": [[60.0, 40.0], [60.0, 40.0], [60.0, 70.0]]})
+    (x1, y60), (x2, y40) = [xy for width, xy in lines if width == 1][0]
+    assert words["60"][1] == pytest.approx(y60) and words["40"][1] == pytest.approx(y40)      # ticks at their values
+    assert words["1"][0] == pytest.approx(x1) and words["2"][0] == pytest.approx(x2) and "a (n = 3)" in words
+    (_, start), (_, end) = [xy for width, xy in lines if width == 6][0]
+    assert start == pytest.approx(y60) and end == pytest.approx(y40 + (y60 - y40) / 2)        # (40 + 40 + 70) / 3 = 50
+
+
+def test_1_minus_R_squared_is_at_least_1e_6():
+    # Two equal points: R = 1, kappa = (2 - 1) / 1e-6. Two orthogonal ones: R^2 = 1/2, kappa = R (2 - 1/2) / (1/2).
+    kappas = [1e6, math.sqrt(0.5) * 1.5 / 0.5]
+    assert evaluate.concentration_variance(on_a_circle(0, 0, 0, 90), torch.tensor([0, 0, 1, 1])) == pytest.approx(np.var(kappas), rel=1e-6)
+
+
+def test_density_of_tight_classes_close_together():
+    a = math.degrees(1e-5)                # within 1 - cos 2e-5, between the means 1 - cos 1e-5: (2 / 1)^2
+    embeddings, labels = on_a_circle(-a, a, 0, 2 * a), torch.tensor([0, 0, 1, 1])
+    assert evaluate.density(embeddings, labels) == pytest.approx(4, rel=1e-4)
+    for rows in (torch.full((6, 5), 0.37), torch.linspace(0.3, 1.7, 7).repeat(9, 1)):
+        assert evaluate.density(rows, torch.arange(len(rows)) % 3) >= 0
+
+
+def test_structure_is_computed_in_float64():
+    # [[1, 1], [1, 1 + e]]: the squares of the singular values add up to 4 + 2e + e^2, their product is e; all exact in float32.
+    e = 2.0 ** -20
+    total = math.sqrt(4 + 2 * e + e * e + 2 * e)                                       # s1 + s2
+    expected = -math.log(2) - 0.5 * (math.log(e) - 2 * math.log(total))
+    assert evaluate.spectral_decay(torch.tensor([[1.0, 1.0], [1.0, 1.0 + e]])) == pytest.approx(expected, rel=1e-6)
+    rng = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(4, 16, generator=rng)[torch.arange(40) % 4] + 0.003 * torch.randn(40, 16, generator=rng), torch.arange(40) % 4
+    for metric in (evaluate.density, evaluate.concentration_variance):
+        assert metric(x, labels) == pytest.approx(metric(x.double(), labels), rel=1e-9)
+
+
+def test_images_that_are_all_wrong_have_no_auroc_and_chunks_do_not_matter_to_uncertainty(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(61, 4, generator=rng), torch.randint(6, (61,), generator=rng)
+    values, curve = evaluate.uncertainty(x[:30], torch.arange(30))
+    assert math.isnan(values["norm_auroc"]) and curve == [(i / 20, 1.0) for i in range(20)]
+    whole = evaluate.uncertainty(x.requires_grad_(), labels)
+    monkeypatch.setattr(evaluate, "CHUNK", 61 * 7)
+    assert evaluate.uncertainty(x, labels) == whole
+
+
+@pytest.mark.parametrize("apart, hit", [(2e-7, 0), (5e-6, 1)])
+def test_cosines_closer_than_1e_6_are_equal(apart, hit):
+    s = 0.6 - apart                      # a query, its relative at cosine 0.6, a stranger a little farther
+    x = torch.tensor([[1, 0, 0], [0.6, 0.8, 0], [s, 0, math.sqrt(1 - s * s)]], dtype=torch.float64)
+    with pytest.warns(UserWarning):      # of the relative's cosines 0.6 to the query and 0.36 to the stranger: always a hit
+        assert evaluate.recall_at_k(x, torch.tensor([0, 0, 1]), [1]) == {1: (hit + 1) / 2}
+
+
+def test_ties_are_relative_for_large_kernels_and_absolute_around_zero():
+    rng = torch.Generator().manual_seed(0)
+    labels, noise = torch.arange(40) % 4, torch.randn(40, 40, generator=rng, dtype=torch.float64)
+    assert evaluate.recall_at_k(torch.ones(40, 2), labels, [1, 8], lambda a, b: 1e6 * (1 + 1e-8 * noise)) == {1: 0, 8: 0}
+    assert evaluate.recall_at_k(torch.ones(40, 2), labels, [1, 8], lambda a, b: 1e-8 * noise) == {1: 0, 8: 0}
+
+
+def test_partitions_without_any_information_or_any_pair_are_the_same():
+    assert evaluate.partition_scores(torch.zeros(5, dtype=torch.long), torch.ones(5, dtype=torch.long)) == {"nmi": 1, "f1": 1}
+    assert evaluate.partition_scores(torch.arange(5), 9 - torch.arange(5)) == pytest.approx({"nmi": 1, "f1": 1})
+
+
+def test_k_means_plus_plus_draws_by_squared_distance():
+    # Points 0, 1, 3: the first centre is any; 0 and 1 are the two with probability (1/10 + 1/5) / 3 = 1/10, and only then
+    # are 1 and 3 together. (In proportion to the distance 0.19, from the points farthest from the mean 0.04.)
+    points = torch.tensor([[0.0], [1.0], [3.0]])
+    together = [(lambda c: bool(c[1] == c[2]))(evaluate.k_means(points, 2, seed, iterations=1)) for seed in range(1000)]
+    assert 70 < sum(together) < 130
+
+
+def test_lloyd_ends_at_a_fixed_point_however_long_it_takes_and_clustering_passes_its_seed_on():
+    x = torch.rand(1500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(1500) % 12
+    for seed in range(4):
+        clusters = evaluate.k_means(x, 12, seed)
+        centres = torch.stack([x[clusters == c].mean(0) for c in range(12)])
+        assert torch.equal(torch.cdist(x, centres).argmin(1), clusters)
+        assert evaluate.clustering(x, labels, seed) == evaluate.partition_scores(clusters, labels)
+
+
+def test_an_empty_cluster_begins_anew_at_the_point_farthest_from_its_centre(monkeypatch):
+    monkeypatch.setattr(evaluate.torch, "searchsorted", lambda *_, **__: torch.tensor([0]))    # two centres at (4, 0)
+    clusters = evaluate.k_means(torch.tensor([[4.0, 0], [-6, 0], [0, 31], [0, -30]]), 2, iterations=2)
+    assert [bool(c == clusters[2]) for c in clusters] == [False, False, True, False]
+
+
+def test_f1_and_validation_recall_are_percent_and_so_is_a_negative_difference_of_shares():
+    assert evaluate.spread("f1", [0.35]) == "35.0 %" and evaluate.spread("val_recall@1", [0.35]) == "35.0 %"
+    assert evaluate.spread("grad_share_nir", [-0.05, -0.05], paired=True) == "-5.0 [-5.0, -5.0] %"
+
+
+def test_the_usual_kind_is_the_commonest_or_the_baselines(tmp_path, capsys):
+    odd = finished_run(tmp_path / "odd", epochs=4)
+    runs = [finished_run(tmp_path / f"a-{seed}", seed) for seed in (0, 1)]
+    rows = table_rows(evaluate.compare([odd, *runs]))
+    assert list(rows) == ["", "---", "a"] and rows["a"][0] == "2" and rows[""] == ["n", "recall@1", "map@r", "nmi"]
+    evaluate.main(["--compare", *map(str, runs), "--baseline", str(odd)])
+    out = capsys.readouterr().out
+    assert list(table_rows(out)) == ["", "---", "odd"] and out.count("(unlike: toy, 3 epochs") == 2
+    assert table_rows(out)[""][-1] == "recall@1 minus odd [95 %]"
+
+
+def test_runs_of_before_val_fraction_had_none_and_a_run_of_no_epoch_is_unfinished(tmp_path):
+    runs = [finished_run(tmp_path / f"a-{seed}", seed) for seed in (0, 1)]
+    args = json.loads((runs[0] / "args.json").read_text())
+    (runs[0] / "args.json").write_text(json.dumps({k: v for k, v in args.items() if k not in ("seed", "val_fraction")}))
+    assert table_rows(evaluate.compare(runs))["a"][0] == "2"
+    none = finished_run(tmp_path / "none", 2, epochs=0)
+    (none / "log.csv").write_text("epoch,test_recall@1\n")
+    assert f"left out: {none} (unfinished" in evaluate.compare([*runs, none])
+
+
+@pytest.mark.parametrize("options", [["--compare", "a", "--pictures"], ["--compare", "a", "--retrieval", "elk"],
+                                     ["--compare", "a", "--data_root", "b"], ["--checkpoint", "a.pt", "--baseline", "b"],
+                                     ["--checkpoint", "a.pt", "--metrics", "nmi"], ["--checkpoint", "a.pt", "--curves", "c.png"]])
+def test_options_of_the_other_kind_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(options)
+    assert stop.value.code == 2 and f"{options[2]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_norm_extremes_choose_classes_evenly(tmp_path):
+    asked, labels = [], torch.arange(10).repeat_interleave(6)
+    evaluate.save_norm_extremes(tmp_path / "n.png", lambda i: [asked.append(i), torch.rand(3, 8, 8)][1],
+                                torch.randn(60, 3), labels, classes=2)
+    assert {int(labels[i]) for i in asked} == {0, 5}
