@@ -265,7 +265,7 @@ SCRATCH_TOY = {**SCRATCH_NIR, "nir_noise": 0.1}
 def preset(args):
     if args.weights == "none":
         return {**SCRATCH, **(SCRATCH_TOY if args.dataset == "toy" else SCRATCH_NIR)}
-    dim = 512 if args.embed_dim > 128 else 128             # other dimensions take the nearest listed one's settings
+    dim = 512 if args.embed_dim > 128 else 128             # others: up to 128 the settings of 128, else of 512
     settings = {**PAPER, **PRESETS.get((args.dataset, dim), PRESETS["cub200", dim])}
     return {**settings, **BASELINE} if args.nir_weight == 0 else settings
 

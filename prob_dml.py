@@ -504,7 +504,7 @@ SCRATCHES = {  # (metric, proxy) -> what differs from SCRATCH
 def preset(args):
     proxy = args.proxy or ("vmf" if args.metric in ("cosine", "l2") else "nivmf")
     form = args.form or (DEFAULT_FORM if proxy == "nivmf" else "exact")
-    dim = 512 if args.embed_dim > 128 else 128             # what is not listed takes the row of CUB, and above 128 that of 512
+    dim = 512 if args.embed_dim > 128 else 128             # what is not listed: CUB, and up to 128 the row of 128, else 512
     if args.weights == "none":
         settings = {**SCRATCH, **SCRATCHES.get((args.metric, proxy), {})}
     elif (args.metric, proxy) == ("elk", "nivmf"):
