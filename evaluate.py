@@ -462,9 +462,11 @@ def read_run(folder):
     if not last or len(log) < epochs:
         raise UserError(f"unfinished: {len(log)} of {epochs} epochs" + (", no results" if len(log) >= epochs else ""))
     settings = {key: value for key, value in args.items() if key not in CIRCUMSTANCES and value is not None}
-    own = f" {Path(str(args.get('data_root'))).name}" if args.get("dataset") == "folder" else ""          # the folder is the data set
+    dataset = args.get("dataset")
+    if dataset == "folder":                        # its name is the data set's
+        dataset = f"folder {Path(str(args.get('data_root'))).name}"
     return {"folder": folder, "args": args, "settings": json.dumps(settings, sort_keys=True),
-            "kind": f"{args.get('dataset')}{own}, {epochs} epochs, val_fraction {args['val_fraction']}",
+            "kind": f"{dataset}, {epochs} epochs, val_fraction {args['val_fraction']}",
             "numbers": {**numbers, **log[-1], **last},
             "curve": [100 * row.get("val_recall@1", row.get("test_recall@1", math.nan)) for row in log]}
 

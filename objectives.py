@@ -416,8 +416,8 @@ LOSS_LR = {"margin": (50, 50, 1), "softmax": (50, 50, 10), "normsoftmax": (1, 20
 def preset(args):
     column = "scratch" if args.weights == "none" else "sop" if args.dataset == "sop" else "paper"
     rates = dict(zip(PRESETS, LOSS_LR.get(args.loss, ())))
-    lr = SCRATCH_LR.get(args.loss, PRESETS[column]["lr"]) if column == "scratch" else PRESETS[column]["lr"]
-    return {**PRESETS[column], "lr": lr, "loss_lr": rates.get(column), "miner": "distance" if args.loss in MINED else None,
+    own = {"lr": SCRATCH_LR[args.loss]} if column == "scratch" and args.loss in SCRATCH_LR else {}
+    return {**PRESETS[column], **own, "loss_lr": rates.get(column), "miner": "distance" if args.loss in MINED else None,
             "beta": "class" if args.loss == "margin" else None}
 
 

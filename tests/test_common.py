@@ -60,6 +60,14 @@ def train(photos, out, *argv, main=nir.main):
     return torch.load(out / "last.pt", weights_only=True)
 
 
+def started(monkeypatch, script, *argv):
+    """What a command line hands to common.train: settings, criterion, name of the run, and its setup if there is one."""
+    caught = []
+    monkeypatch.setattr(common, "train", lambda *given: caught.extend(given))
+    script.main(list(argv))
+    return caught
+
+
 def assert_same(a, b):
     """Bit-identical, all the way down, but for the times and places of a run."""
     if isinstance(a, dict):
@@ -191,6 +199,14 @@ def test_the_network_moves_its_input_to_its_own_device():
         network = on("cuda", common.Network("conv4", 8, 32))
         for images in (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 32, 32)):
             assert images.device.type == "cpu" and network(images).device.type == "cuda"
+
+
+def test_a_classifier_is_left_out_but_not_what_the_backbone_has(tmp_path, monkeypatch):
+    monkeypatch.setitem(common.BACKBONES, "own", lambda size: (torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}), 2))
+    network = common.Network("own", 4)
+    torch.save({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2), "head.weight": torch.ones(9)}, tmp_path / "w")
+    common.load_weights(network, str(tmp_path / "w"))
+    assert torch.equal(network.backbone["fc"].weight, torch.ones(2, 2))
 
 
 # ------------------------------------------------------------------------------------------------------ precision
@@ -452,6 +468,102 @@ def _nir_parser():
     return p, nir.preset
 
 
+def test_best_is_the_epoch_of_the_highest_recall_and_has_its_column(photos, tmp_path, monkeypatch):
+    real, values = evaluate.recall_at_k, iter([0.5, 0.9, 0.2])
+    monkeypatch.setattr(evaluate, "recall_at_k", lambda e, y, ks: {1: next(values)} if ks == (1,) else real(e, y, ks))
+    last = train(photos, tmp_path, "--epochs", 3)
+    best, table = torch.load(tmp_path / "best.pt", weights_only=True), json.loads((tmp_path / "results.json").read_text())
+    assert (best["epoch"], last["epoch"], table["best"]["epoch"], table["last"]["epoch"]) == (2, 3, 2, 3)
+
+
+def test_validation_classes_choose_the_epoch_and_test_classes_make_the_table(photos, tmp_path, monkeypatch):
+    seen, names, embed = [], [], common.embed
+    monkeypatch.setattr(common, "embed", lambda network, split, *more: seen.append(split.class_names) or embed(network, split, *more))
+    monkeypatch.setattr(evaluate, "usual_ks", lambda name: names.append(name) or (1,))
+    train(photos, tmp_path, "--epochs", 1, "--val_fraction", 0.5, "--batch_size", 4)
+    test = [f"class{c}" for c in (4, 5, 6, 7)]
+    assert seen == [["class2", "class3"], test, test] and names == ["folder"] * 2
+
+
+def test_every_epoch_and_seed_draws_and_augments_anew(photos, tmp_path, monkeypatch):
+    items, drawn, real, terms = [], [], data.Images.__getitem__, nir.NIR.terms
+
+    def spy(self, item):
+        if isinstance(item, tuple):
+            assert "RandomResizedCrop(size=(16, 16), scale=(0.08, 1.0)" in str(self.transform)
+            items.append(item[1])
+        return real(self, item)
+    monkeypatch.setattr(data.Images, "__getitem__", spy)
+    monkeypatch.setattr(nir.NIR, "terms", lambda *args: drawn.append(torch.rand(()).item()) or terms(*args))
+    saved = [train(photos, tmp_path / str(seed), "--epochs", 2, "--warmup", 2, "--augment", "photo", "--seed", seed)["network"]
+             for seed in (0, 1)]
+    assert len(items) == 4 * 24 == len(set(items)) and len(drawn) == 4 * 3 == len(set(drawn))
+    assert not torch.equal(*(network["backbone.0.0.weight"] for network in saved))           # their first values differ
+
+
+def test_corrupted_runs_see_corrupted_images(photos, tmp_path):
+    train(photos, tmp_path, "--epochs", 1, "--corrupt")
+    assert "norm_clarity" in json.loads((tmp_path / "results.json").read_text())["last"]
+    args = argparse.Namespace(dataset="folder", data_root=photos, corrupt=True, val_fraction=0.0)
+    first, _, test = common.load_splits(args)
+    assert torch.equal(first.ambiguity, first.corruption) and not torch.equal(first.corruption, test.corruption)
+
+
+def test_weight_decay_is_what_was_asked_for(photos, tmp_path):
+    saved = train(photos, tmp_path, "--epochs", 1, "--weight_decay", 0.01)
+    assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.01, 0.01, 0, 0]
+    assert saved["args"]["precision"] == "float32"                                  # not "auto": as it was, on this CPU
+
+
+def test_a_stopped_run_with_a_warm_start_goes_on_without_another(photos, tmp_path, monkeypatch):
+    calls, setup, save = [], prob_dml.setup, common.save_file
+    monkeypatch.setattr(prob_dml, "setup", lambda *args: calls.append(1) or setup(*args))
+    whole = train(photos, tmp_path / "whole", "--epochs", 2, main=prob_dml.main)
+
+    def stop(path, content):
+        save(path, content)
+        if path.name == "log.csv":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(common, "save_file", stop)
+        train(photos, tmp_path / "cut", "--epochs", 2, main=prob_dml.main)
+    made = (tmp_path / "cut/args.json").read_text()
+    prob_dml.main(["--resume", str(tmp_path / "cut/last.pt"), "--workers", "1", "--device", "cpu"])
+    assert_same(torch.load(tmp_path / "cut/last.pt", weights_only=True), whole)
+    assert len(calls) == 2 and (tmp_path / "cut/args.json").read_text() == made
+    with pytest.raises(UserError, match="does not fit .* resume from the last.pt"):
+        prob_dml.main(["--resume", str(tmp_path / "cut/best.pt")])
+
+
+def test_the_log_has_the_mean_of_each_term_and_no_share_where_there_is_no_gradient(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(nir.NIR, "terms", lambda self, embeddings, labels: {"proxy": 2 + 0 * embeddings.sum()})
+    row, = train(photos, tmp_path, "--epochs", 1)["history"]
+    assert row["proxy"] == 2 and row["grad_share_proxy"] == 0
+
+
+def test_defaults_are_those_of_the_help():
+    def parse(*argv):
+        args = common.parse(*_nir_parser(), list(argv))
+        return args.image_size, args.augment, args.data_root
+    assert parse("--dataset", "toy") == (32, "light", "data") and parse("--arch", "conv4") == (64, "light", "data")
+    assert parse() == (224, "photo", "data")
+    with pytest.raises(UserError, match=r"--val_fraction -0.1 is not in"):
+        parse("--val_fraction=-0.1")
+    with pytest.raises(SystemExit):
+        parse("--lr", "inf")
+
+
+def test_the_commit_has_a_plus_where_files_differ(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "common.py").write_text("a")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    clean = common.commit()
+    (tmp_path / "common.py").write_text("b")
+    assert not clean.endswith("+") and common.commit() == clean + "+"
+
+
 # ------------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.fixture(scope="module")
@@ -571,6 +683,15 @@ def test_a_checkpoint_whose_network_is_another_is_refused(trained, tmp_path):
     saved["args"]["arch"] = "resnet50"
     with pytest.raises(UserError, match="does not hold the network its settings name"):
         common.build_network(type("Args", (), saved["args"]), saved)
+
+
+def test_an_interrupt_before_there_is_a_run_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common.command, "folder", None)
+    with pytest.raises(SystemExit) as caught:
+        common.command(interrupted)
+    assert caught.value.code == 130 and "nothing to resume" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- as a user

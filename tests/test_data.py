@@ -115,16 +115,19 @@ def test_cars_without_the_test_labels_says_which_file_to_bring(tmp_path):
         data.load("cars196", tmp_path)
 
 
-def test_cars_archives_that_a_user_brings_are_checked_and_unpacked(tmp_path, monkeypatch):
+def test_cars_archives_that_a_user_brings_are_both_checked_and_unpacked_once(tmp_path, monkeypatch):
     make_old_cars(tmp_path)
     with tarfile.open(tmp_path / "car_ims.tgz", "w:gz") as archive:
         archive.add(tmp_path / "car_ims", "car_ims")
     shutil.rmtree(tmp_path / "car_ims")
     with pytest.raises(UserError, match="car_ims.tgz has the MD5 digest .* instead of d5c8f0aa497503f355e17dc7886c3f14"):
         data.load("cars196", tmp_path)
-    monkeypatch.setattr(data, "check_md5", lambda path, md5: None)
-    with pytest.warns(UserWarning, match="subset"):
-        assert len(data.load("cars196", tmp_path)[0].images) == 4
+    checked = []
+    monkeypatch.setattr(data, "check_md5", lambda path, md5: checked.append((path.name, md5)))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="subset"):
+            assert len(data.load("cars196", tmp_path)[0].images) == 4
+    assert checked == [("car_ims.tgz", "d5c8f0aa497503f355e17dc7886c3f14"), ("cars_annos.mat", "b407c6086d669747186bd1d764ff9dbc")]
 
 
 def test_missing_cars_says_what_to_fetch_and_where_to_put_it(tmp_path):
@@ -256,6 +259,23 @@ def test_real_cars_annotations_in_both_layouts_agree():
     counts = np.bincount([c for _, c in rows], minlength=197)[1:]
     assert counts[:98].tolist() == torch.bincount(train.labels).tolist()
     assert counts[98:].tolist() == torch.bincount(test.labels).tolist()
+
+
+def test_hidden_class_folders_are_left_out_and_a_folder_named_as_a_picture_is_none(tmp_path):
+    for name in (".thumbnails/0.png", "a/0.png", "a/1.png", "b/0.png"):
+        picture(tmp_path / name)
+    (tmp_path / "a/album.png").mkdir()
+    train, test = data.load("folder", tmp_path)
+    assert (train.class_names, test.class_names, len(train.images)) == (["a"], ["b"], 2)
+
+
+def test_folders_and_archives_in_the_other_documented_places(tmp_path):
+    make_cub(tmp_path)
+    with pytest.warns(UserWarning, match="subset"):
+        assert len(data.load("cub200", tmp_path / "CUB_200_2011")[0].images) == 6                  # the root itself
+    (tmp_path / "CUB_200_2011/images.txt").write_text("100 001.Bird 0/100.jpg\n")
+    with pytest.warns(UserWarning, match="subset"), pytest.raises(UserError, match="holds no test images of cub200"):
+        data.load("cub200", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ downloads
@@ -406,6 +426,44 @@ def test_zip_archives_are_unpacked(tmp_path):
     assert (tmp_path / "Stanford_Online_Products/Ebay_train.txt").read_text() == "text"
 
 
+def test_a_download_makes_its_folder_and_starts_anew_where_nothing_can_be_resumed(tmp_path):
+    content = tgz(tmp_path / "source")
+    (tmp_path / "a.tgz").write_bytes(content)
+    new = tmp_path / "new/data"
+    with pytest.raises(UserError, match="not the published file"):
+        data.fetch(new, (tmp_path / "a.tgz").as_uri(), "0" * 32, "CUB_200_2011")
+    (new / "a.tgz.part").write_bytes(b"half a file")
+    data.fetch(new, (tmp_path / "a.tgz").as_uri(), hashlib.md5(content).hexdigest(), "CUB_200_2011")
+    assert (new / "CUB_200_2011/images.txt").exists()
+    with pytest.raises(UserError, match="a.tgz has the MD5 digest"):                         # also one that was put there
+        data.fetch(new, "file:///none/a.tgz", "0" * 32, "CUB_200_2011")
+
+
+def test_published_archives_are_known_by_address_and_digest(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "fetch", lambda root, url, md5, folder: asked.append((url.rsplit("/", 1)[1], md5)))
+    for name in ("cub200", "sop"):
+        with pytest.raises(FileNotFoundError):
+            data.load(name, tmp_path)
+    assert asked == [("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),
+                     ("Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e")]
+
+
+def test_small_mishaps_of_files_are_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is missing: put it there"):
+        data.check_md5(tmp_path / "cars_annos.mat", "0")
+    with pytest.raises(UserError, match="writing a failed .PytorchStreamWriter"), data.clear_errors("writing a", "make room"):
+        raise RuntimeError("PytorchStreamWriter failed")                                  # torch.save on a full disk
+    with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+        archive.writestr("/tmp/escaped-absolutely", "")
+    with pytest.raises(UserError, match="points outside"):
+        data.unpack(tmp_path / "a", tmp_path, "b")
+    (tmp_path / "big").write_bytes(bytes(1000))
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1500})())
+    with pytest.raises(UserError, match="make room"):                                     # the archive and its contents
+        data.download((tmp_path / "big").as_uri(), tmp_path / "part")
+
+
 # ------------------------------------------------------------------------------------------------- toy characters
 
 def test_toy_has_the_promised_shape_and_is_deterministic():
@@ -420,11 +478,11 @@ def test_toy_has_the_promised_shape_and_is_deterministic():
 
 
 def test_toy_ambiguity_takes_sharpness_and_ink_away():
-    train, _ = data.load("toy", None)
-    ink = 255.0 - np.stack(train.images)
-    clear, unclear = train.ambiguity.numpy() < 0.2, train.ambiguity.numpy() > 0.8
-    assert ink[unclear].max((1, 2)).mean() < 0.7 * ink[clear].max((1, 2)).mean()
-    assert ink[unclear].sum((1, 2)).mean() < ink[clear].sum((1, 2)).mean()
+    for split in data.load("toy", None):
+        ink = 255.0 - np.stack(split.images)
+        clear, unclear = split.ambiguity.numpy() < 0.2, split.ambiguity.numpy() > 0.8
+        assert ink[unclear].max((1, 2)).mean() < 0.7 * ink[clear].max((1, 2)).mean()
+        assert ink[unclear].sum((1, 2)).mean() < ink[clear].sum((1, 2)).mean()
 
 
 def test_toy_classes_are_non_isotropic_each_in_its_own_way():
@@ -622,3 +680,30 @@ def test_corruption_is_known_repeatable_and_grows_with_its_amount():
     bright = data.corrupt(torch.full_like(image, 250), 1.0, seed=0)
     assert 0.2 < (bright == 255).float().mean() < 0.26       # clipped, not wrapped around: 46 % of the unerased half
     assert clean[3][0].shape == noisy[3][0].shape
+
+
+def test_an_image_has_its_own_noise_the_same_in_every_epoch():
+    split = data.Split([np.full((32, 32), 128, np.uint8)] * 2, torch.tensor([0, 0]), ["a"], corruption=torch.tensor([0.5, 0.5]))
+    images = data.Images(split, data.test_transform(32, "light"))
+    assert (images[0][0] != 128).float().mean() > 0.5 and not torch.equal(images[0][0], images[1][0])
+    assert torch.equal(images[0][0], images[0, 99][0])
+
+
+def test_test_images_have_the_papers_ratio_at_any_size_and_light_ones_are_whole():
+    assert data.test_transform(448, "photo").transforms[0].size == 512 and data.test_transform(112, "photo").transforms[0].size == 128
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    assert torch.equal(data.test_transform(32, "light")(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert "Flip" not in str(data.train_transform(32, "light"))                                # drawings survive no mirror
+
+
+def test_two_classes_at_least_are_held_out():
+    rest, held = data.hold_out(data.load("toy", None)[0], 0.001)
+    assert (len(rest.class_names), len(held.class_names)) == (98, 2)          # one alone: Recall@1 is always 100 %
+
+
+def test_classes_are_drawn_in_proportion_to_what_they_have_left():
+    batches = data.ClassBatches(torch.tensor([0] * 40 + [c for c in range(1, 41) for _ in range(2)]), 4)
+    first = 0
+    for batches.epoch in range(200):
+        first += any(i < 40 for i, _ in next(iter(batches)))
+    assert first / 200 == pytest.approx(1 / 3 + 2 / 3 * 20 / 59, abs=0.15)               # two draws of 60 groups, 20 of them its

@@ -2,6 +2,7 @@
 import argparse
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import common
 import nir
 from data import UserError
+from test_common import started
 
 
 def batch(B=7, C=4, D=5, dtype=torch.float64):
@@ -112,6 +114,19 @@ def test_proxies_start_with_variance_one_64th():
         assert loss.proxies.var().item() == pytest.approx(1 / 64, rel=0.05)
 
 
+def test_losses_start_with_their_papers_constants():
+    nca, anchor, triple = nir.ProxyNCA(3, 4), nir.ProxyAnchor(3, 4), nir.SoftTriple(3, 4)
+    assert nca.temperature == pytest.approx(1 / 9) and (anchor.margin, anchor.alpha) == (0.1, 32)
+    assert (triple.la, triple.gamma, triple.margin, triple.tau, triple.proxies.shape) == (20, 0.1, 0.01, 0.2, (3, 10, 4))
+
+
+def test_merging_term_of_close_but_different_centres_is_their_distance():
+    loss = nir.SoftTriple(1, 2, centers=2, tau=1.0).double()
+    loss.proxies.data = torch.tensor([[[1, 0], [math.cos(0.02), math.sin(0.02)]]], dtype=torch.float64)
+    value = loss(torch.eye(1, 2, dtype=torch.float64), torch.tensor([0])).item()               # one class: no cross-entropy
+    assert value == pytest.approx(2 * math.sin(0.01) / 2)                                      # a chord, over C K (K - 1)
+
+
 # ----------------------------------------------------------------------------------------------------------- flow
 
 def flow(dim, cond_dim=3, **options):
@@ -193,6 +208,24 @@ def test_flow_computes_in_float32_under_autocast():
 def test_flow_needs_two_dimensions():
     with pytest.raises(UserError, match="two dimensions"):
         nir.GlowFlow(1, 3)
+
+
+def test_soft_clamp_is_the_released_one():
+    raw = torch.tensor([[1e9, 7], [1, 7], [0, 7], [-1e9, 7]])
+    s, t = nir.GlowFlow(2, 3).blocks[0].scale_shift(lambda x: raw, torch.zeros(4, 1), torch.zeros(4, 3))
+    expected = [2 * 0.636 * angle for angle in (math.pi / 2, math.pi / 4, 0, -math.pi / 2)]
+    assert s[:, 0].tolist() == pytest.approx(expected) and t[:, 0].tolist() == [7] * 4
+
+
+def test_subnets_are_linear_layers_with_relu_between_them_alone():
+    for block in nir.GlowFlow(6, 3).blocks:
+        for subnet in (block.subnet1, block.subnet2):
+            assert [type(layer).__name__ for layer in subnet] == ["Linear", "ReLU"] * 7 + ["Linear"]
+
+
+def test_each_permutation_is_seeded_by_its_blocks_index():
+    for i, block in enumerate(nir.GlowFlow(16, 3).blocks):
+        assert block.permutation.tolist() == np.random.RandomState(i).permutation(16).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- NIR term
@@ -284,14 +317,28 @@ def test_learning_rates_are_multiples_of_the_base_rate():
     assert all("weight_decay" not in group for group in groups)
 
 
+def test_log_values_are_mean_cosines_to_the_own_proxy_and_between_different_images_of_a_class():
+    made = nir.NIR(nir.ProxyAnchor(3, 2), 2, nir_weight=0)
+    made.proxy_loss.proxies.data = torch.tensor([[1.0, 0], [0, 5], [0, -1]])
+    x, y = torch.tensor([[2.0, 0], [0, 3], [1, 1], [0, 2], [1, -1]]), torch.tensor([0, 0, 1, 1, 2])
+    half = 0.5 ** 0.5
+    assert made.log_values(x, y) == pytest.approx({"own_proxy_cosine": (1 + 0 + half + 1 + half) / 5, "class_cosine": half / 2})
+    many = nir.NIR(nir.SoftTriple(1, 2, centers=2), 2, nir_weight=0)
+    many.proxy_loss.proxies.data = torch.tensor([[[0.0, 1], [3, 0]]])
+    assert many.log_values(x[[0, 2]], y[[0, 0]])["own_proxy_cosine"] == pytest.approx((1 + half) / 2)       # the nearest centre
+
+
+def test_inverse_and_choice_of_the_centre_are_in_float32_under_autocast():
+    torch.manual_seed(0)
+    made, x, y = nir.NIR(nir.SoftTriple(1, 4, centers=2), 4, form="nll"), torch.eye(1, 4), torch.tensor([0])
+    made.proxy_loss.proxies.data = torch.tensor([[[math.cos(0.02), math.sin(0.02), 0, 0], [1, 0, 0, 0]]])   # bfloat16: a tie
+    z, cond = torch.randn(3, 4), torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = made.terms(x, y)["nir"], made.flow.inverse(z, cond)
+    assert all(map(torch.equal, inside, (made.terms(x, y)["nir"], made.flow.inverse(z, cond))))
+
+
 # -------------------------------------------------------------------------------------------------------- presets
-
-def settings(monkeypatch, *argv):
-    caught = {}
-    monkeypatch.setattr(common, "train", lambda args, *_: caught.update(vars(args)))
-    nir.main(list(argv))
-    return caught
-
 
 PAPER = dict(batch_size=90, lr=1e-5, lr_steps=[], warmup=1, proxy_lr=4000, flow_lr=50, nir_form="exp", nir_weight=1.0,
              nir_noise=0.0)
@@ -312,13 +359,13 @@ def test_presets_are_the_released_settings_field_by_field(dataset, nir_weight, e
 
 
 def test_a_papers_run_has_the_papers_network_and_optimiser(monkeypatch):
-    cub = settings(monkeypatch, "--dataset", "cub200", "--embed_dim", "512")
+    cub = vars(started(monkeypatch, nir, "--dataset", "cub200", "--embed_dim", "512")[0])
     assert (cub["arch"], cub["weights"], cub["image_size"], cub["augment"], cub["weight_decay"], cub["usual_batch_size"]) == (
         "resnet50", "imagenet", 224, "photo", 4e-4, 90)
 
 
 def test_the_command_line_beats_the_preset(monkeypatch):
-    given = settings(monkeypatch, "--dataset", "toy", "--epochs", "3", "--proxy_lr", "7", "--nir_form", "exp", "--lr_steps")
+    given = vars(started(monkeypatch, nir, "--dataset", "toy", "--epochs", "3", "--proxy_lr", "7", "--nir_form", "exp", "--lr_steps")[0])
     assert (given["epochs"], given["proxy_lr"], given["nir_form"], given["lr_steps"]) == (3, 7, "exp", [])
 
 
@@ -343,3 +390,35 @@ def test_nir_acts_fades_and_pulls_as_the_gradient_shares_say():
         spread[form] = 1 - made.log_values(x.detach(), y)["class_cosine"]
     assert share["exp"] < 0.01 < 0.3 < share["nll"]
     assert spread["nll"] < 0.5 * spread["exp"]
+
+
+@pytest.mark.parametrize("loss", nir.LOSSES)
+def test_nirs_options_reach_the_criterion(loss, monkeypatch):
+    _, criterion, name = started(monkeypatch, nir, *f"--dataset toy --loss {loss} --nir_form exp --nir_weight 0.7 --nir_noise "
+                                 "0.3 --proxy_weight 0.2 --proxy_lr 3 --flow_lr 5".split())
+    made = criterion(7)
+    assert type(made.proxy_loss) is nir.LOSSES[loss] and made.proxy_loss.proxies.shape[0] == 7
+    assert (made.form, made.nir_weight, made.noise, made.proxy_weight) == ("exp", 0.7, 0.3, 0.2)
+    assert [group["lr"] for group in made.groups(0.1)] == pytest.approx([0.3, 0.5])
+    assert name == f"toy-{loss}-exp0.7-seed0"
+
+
+@pytest.mark.parametrize("dataset, expected", [("toy", 0.1), ("folder", 0.0), ("cub200", 0.0)])
+def test_nirs_preset_from_scratch_is_that_of_the_results(dataset, expected):
+    assert nir.preset(argparse.Namespace(dataset=dataset, weights="none", embed_dim=64, nir_weight=None)) == dict(
+        batch_size=90, lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=10, flow_lr=1, proxy_weight=1,
+        nir_form="nll", nir_weight=0.01, nir_noise=expected)
+
+
+def test_negative_noise_and_proxy_weight_are_named(capsys):
+    for option in ("--nir_noise", "--proxy_weight"):
+        with pytest.raises(SystemExit):
+            nir.main(["--dataset", "toy", option, "-1", "--device", "none"])
+        assert f"{option}: -1 is negative" in capsys.readouterr().err
+
+
+def test_help_shows_toys_own_noise(capsys):
+    with pytest.raises(SystemExit):
+        nir.main(["--help"])
+    row, = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["nir_noise"]]
+    assert row[-2:] == ["0.0", "0.1"]                                                              # scratch, toy

@@ -16,7 +16,7 @@ import evaluate
 import nir
 import objectives
 from data import UserError
-from test_common import assert_same, run
+from test_common import assert_same, run, started
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2, 0, 1, 3])                               # the last class has one image
 
@@ -379,10 +379,10 @@ def test_arcface_falls_on_either_side_of_pi_minus_m(m):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["sphereface", "arcface"])
-def test_embeddings_on_and_opposite_to_their_class_vector_have_finite_gradients(name, dtype):
+@pytest.mark.parametrize("kind", [objectives.SphereFace, objectives.ArcFace])
+def test_embeddings_on_and_opposite_to_their_class_vector_have_finite_gradients(kind, dtype):
     torch.manual_seed(0)
-    loss = {"sphereface": objectives.SphereFace, "arcface": objectives.ArcFace}[name](200, 64).to(dtype)
+    loss = kind(200, 64).to(dtype)
     x = torch.cat([loss.proxies.detach(), -loss.proxies.detach()]).requires_grad_()
     loss(x, torch.arange(200).repeat(2)).backward()
     assert x.grad.isfinite().all() and loss.proxies.grad.isfinite().all()
@@ -647,16 +647,9 @@ def test_presets_are_the_protocols_settings_field_by_field(loss, expected):
         assert scratch["loss_lr"] == (None if "loss_lr" not in expected else 1 if loss == "margin" else 10)
 
 
-def started(monkeypatch, *argv):
-    """(settings, name of the run, its criterion for seven classes) of a command line."""
-    caught = []
-    monkeypatch.setattr(common, "train", lambda *given: caught.extend(given))
-    objectives.main(list(argv))
-    return vars(caught[0]), caught[2], caught[1](7)
-
-
 def test_a_run_of_the_protocol_has_its_network_loss_and_miner(monkeypatch):
-    args, name, made = started(monkeypatch, "--dataset", "cub200", "--loss", "margin", "--miner", "distance")
+    args, criterion, name = started(monkeypatch, objectives, "--dataset", "cub200", "--loss", "margin", "--miner", "distance")
+    args, made = vars(args), criterion(7)
     assert name == "cub200-margin-class-distance-seed0" and made.loss.beta.shape == (7,)
     assert (args["arch"], args["weights"], args["embed_dim"], args["usual_batch_size"], args["weight_decay"], args["epochs"]) == (
         "resnet50", "imagenet", 128, 112, 4e-4, 150)
@@ -665,11 +658,13 @@ def test_a_run_of_the_protocol_has_its_network_loss_and_miner(monkeypatch):
 
 def test_the_command_line_chooses_loss_miner_and_boundary(monkeypatch):
     for loss in LOSSES:
-        _, name, made = started(monkeypatch, "--dataset", "toy", "--loss", loss)
+        _, criterion, name = started(monkeypatch, objectives, "--dataset", "toy", "--loss", loss)
+        made = criterion(7)
         assert type(made.loss).__name__.lower() == loss and name.startswith(f"toy-{loss}-")
         assert all(p.shape in ((7,), (7, 64)) for p in made.parameters()) and (made.miner is not None) == (loss in objectives.MINED)
         assert getattr(made.loss, "annealing", True)
-    _, name, made = started(monkeypatch, "--dataset", "toy", "--beta", "global", "--miner", "semihard", "--loss_lr", "3")
+    _, criterion, name = started(monkeypatch, objectives, *"--dataset toy --beta global --miner semihard --loss_lr 3".split())
+    made = criterion(7)
     assert made.loss.beta.shape == () and made.miner == "semihard" and name == "toy-margin-global-semihard-seed0"
     assert made.groups(0.1)[0]["lr"] == pytest.approx(0.3)
 

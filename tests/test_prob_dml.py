@@ -2,6 +2,7 @@
 the loss against what the paper says of it."""
 import argparse
 import csv
+import inspect
 import math
 import types
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +21,7 @@ import prob_dml
 from data import UserError
 from prob_dml import (ProbabilisticProxies, SIMILARITIES, log_vmf_normalizer, mean_resultant_length, nivmf_log_prob,
                       sample_vmf, unit_vectors, vmf_log_prob)
+from test_common import started
 
 CELLS = [(metric, proxy) for metric in SIMILARITIES for proxy in ("vmf", "nivmf")
          if not (proxy == "nivmf" and metric in ("cosine", "l2"))]
@@ -286,6 +289,22 @@ def test_reparameterised_gradient_of_a_curved_function_matches_quadrature():
 def test_sampling_a_concentration_that_is_not_finite_ends_with_an_error(kappa):
     with pytest.raises(UserError, match="not a finite number"):
         sample_vmf(directions(2, 4), double(1, kappa), 3)
+
+
+def test_a_second_derivative_of_samples_is_refused_rather_than_wrong():
+    mu = F.normalize(torch.ones(1, 3)).requires_grad_()
+    z = prob_dml.sample_vmf(mu, torch.ones(1), 1)
+    gradient, = torch.autograd.grad((z ** 2).sum(), mu, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_zero_vector_gets_the_first_axis_and_a_short_one_its_own_direction():
+    x = torch.tensor([[0.0, 0, 0], [0, 3e-6, 4e-6]], requires_grad=True)
+    units = prob_dml.unit_vectors(x)
+    torch.testing.assert_close(units, torch.tensor([[1, 0, 0], [0, 0.6, 0.8]]))
+    gradient, = torch.autograd.grad(units.sum(), x)
+    assert (gradient[0] == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------- the similarities
@@ -699,6 +718,20 @@ def test_bad_shapes_and_labels_are_named():
             bad()
 
 
+def test_statistics_are_of_what_the_loss_uses_that_is_above_the_floors():
+    module = prob_dml.ProbabilisticProxies(1, 2)
+    module.temperature.data.fill_(-1.0)
+    module.concentrations.data = torch.tensor([[-5.0, 0.3]])
+    values = module.statistics(torch.eye(2))
+    assert (values["temperature"], values["concentration"]) == pytest.approx((1e-3, 0.2))
+
+
+def test_class_defaults_are_the_papers():
+    given = {name: p.default for name, p in inspect.signature(prob_dml.ProbabilisticProxies).parameters.items()}
+    assert (given["samples"], given["temperature"], given["concentration_init"]) == (5, 0.003, 10)
+    assert inspect.signature(nir.NIR).parameters["form"].default == "nll"                        # the paper's
+
+
 # --------------------------------------------------------------------------------------------------------- training
 
 def test_guidance_is_proxyanchor_on_the_directions_of_the_same_proxies():
@@ -719,13 +752,6 @@ def test_each_parameter_is_in_one_group_at_its_own_rate():
     inner = made.proxies
     assert len(rates) == len(list(made.parameters())) == 3
     assert rates == pytest.approx({id(inner.proxies): 0.2, id(inner.concentrations): 0.3, id(inner.temperature): 0.5})
-
-
-def settings(monkeypatch, *argv):
-    caught = {}
-    monkeypatch.setattr(common, "train", lambda args, *_: caught.update(vars(args)))
-    prob_dml.main(list(argv))
-    return caught
 
 
 MAIN = dict(batch_size=64, warmup=0, lr=1e-5, proxy_lr=5000, concentration_lr=20000, temperature=0.003, temperature_lr=200,
@@ -766,7 +792,7 @@ def test_presets_are_the_released_settings_field_by_field(dataset, dim, metric, 
     ("--dataset toy --metric loglik", dict(temperature=0.3, concentration_init=30, concentration_lr=600)),
     ("--metric elk --guidance_weight 5 --epochs 7", dict(guidance_weight=5.0, epochs=7))])
 def test_the_command_line_beats_the_preset(monkeypatch, argv, expected):
-    given = settings(monkeypatch, *argv.split())
+    given = vars(started(monkeypatch, prob_dml, *argv.split())[0])
     assert {key: given[key] for key in expected} == expected
 
 
@@ -857,3 +883,60 @@ def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):
         with pytest.raises(SystemExit) as caught:
             common.command(lambda: prob_dml.main(["--dataset", "toy", "--device", "cpu", *argv]))
         assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [nir, prob_dml])
+def test_what_has_no_row_of_its_own_takes_cubs_and_the_nearest_dimension(script):
+    def preset(dataset, dim):
+        return script.preset(argparse.Namespace(dataset=dataset, weights="imagenet", embed_dim=dim, metric="elk", proxy=None,
+                                                form=None, nir_weight=None))
+    unlisted = ["folder"] if script is nir else ["folder", "sop"]
+    assert all(preset(dataset, dim) == preset("cub200", dim) for dataset in unlisted for dim in (128, 512))
+    assert preset("cub200", 64) == preset("cub200", 128) and preset("cub200", 400) == preset("cub200", 512) == preset("cub200", 1024)
+
+
+def test_prob_dmls_options_reach_the_criterion(monkeypatch):
+    _, criterion, name, setup = started(monkeypatch, prob_dml, *(
+        "--dataset toy --metric kl --form released --samples 3 --temperature 0.7 --concentration_init 4 --proxy_lr 2 "
+        "--concentration_lr 3 --temperature_lr 5 --guidance_weight 0.5").split())
+    made = criterion(7)
+    inner = made.proxies
+    assert (inner.metric, inner.form, inner.samples, inner.length, made.guidance_weight) == ("kl", "released", 3, 4, 0.5)
+    assert inner.temperature.item() == pytest.approx(0.7) and inner.concentrations.shape == (7, 64)
+    rates = {id(group["params"][0]): group["lr"] for group in made.groups(0.1)}
+    assert rates == pytest.approx({id(inner.proxies): 0.2, id(inner.concentrations): 0.3, id(inner.temperature): 0.5})
+    assert setup is prob_dml.setup and name == "toy-kl-nivmf-released-g0.5-seed0"
+
+
+def test_the_density_is_the_default_form(monkeypatch):
+    assert prob_dml.ProbabilisticProxies(3, 4).form == "exact"
+    _, criterion, name, _ = started(monkeypatch, prob_dml, "--dataset", "toy")
+    assert criterion(2).proxies.form == "exact" and name == "toy-elk-nivmf-exact-seed0"
+
+
+@pytest.mark.parametrize("metric, proxy, T, length, norm", [
+    ("elk", "nivmf", 0.1, 10, 40), ("elk", "vmf", 0.1, 10, 40), ("bhattacharyya", "nivmf", 0.1, 10, 40), ("kl", "vmf", 0.1, 10, 40),
+    ("kl", "nivmf", 0.1, 10, 10), ("loglik", "nivmf", 0.3, 30, 10), ("loglik", "vmf", 1.0, 10, 10), ("cosine", "vmf", 1 / 8, 10, 10)])
+def test_presets_from_scratch_are_those_of_the_results(metric, proxy, T, length, norm):
+    """RESULTS.md: the rate of proxies is 10 x their length, T's 10 x its first value; nivMF's concentrations' 20 x theirs."""
+    given = prob_dml.preset(argparse.Namespace(dataset="toy", weights="none", embed_dim=64, metric=metric, proxy=proxy, form=None))
+    assert (given.pop("lr_steps"), given.pop("proxy"), given.pop("form")) == ([10, 13], proxy, "exact")
+    assert given == pytest.approx(dict(
+        batch_size=90, lr=1e-3, epochs=15, lr_gamma=0.3, warmup=0, samples=200, temperature=T, temperature_lr=10 * T,
+        concentration_init=length, proxy_lr=10 * length, concentration_lr=20 * length, norm_multiplier=norm))
+
+
+def test_preset_of_l2_from_scratch_is_that_of_the_results():
+    given = prob_dml.preset(argparse.Namespace(dataset="toy", weights="none", embed_dim=64, metric="l2", proxy=None, form=None))
+    wanted = dict(temperature=5, temperature_lr=20, concentration_lr=10, concentration_init=15, proxy_lr=10, norm_multiplier=3)
+    assert {key: given[key] for key in wanted} == wanted                # "T's rate, length's rate, gain: 20, 10, 15"
+
+
+def test_el_nivmfs_own_row_of_the_ablation_is_the_published_one():
+    row = {**prob_dml.PAPER, **prob_dml.ABLATION, **prob_dml.ABLATIONS["elk/nivmf"]}
+    assert (row["concentration_init"], row["norm_multiplier"], row["temperature"], row["samples"]) == (50, 150, 1, 10)
+
+
+def test_options_without_a_sense_together_are_named_before_the_training(monkeypatch):
+    with pytest.raises(UserError, match="knows no concentration"):
+        started(monkeypatch, prob_dml, "--dataset", "cub200", "--metric", "cosine", "--proxy", "nivmf")
