@@ -31,19 +31,6 @@ import torchvision
 import evaluate
 from data import UserError, processes, progress
 
-
-def full_precision(function):
-    """Compute in float32 (or float64, if that comes in) whatever autocast or half precision surrounds the call."""
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        def full(a):
-            return a.float() if torch.is_tensor(a) and a.dtype in (torch.float16, torch.bfloat16) else a
-        device = next(a.device.type for a in (*args, *kwargs.values()) if torch.is_tensor(a))
-        with torch.autocast(device, enabled=False):
-            return function(*map(full, args), **{name: full(a) for name, a in kwargs.items()})
-    return wrapped
-
-
 # ----------------------------------------------------------------------------------------------------- the network
 
 # A backbone is a function of the image size that returns (module, width of its features) or (module, width, mean,
@@ -154,11 +141,13 @@ def load_file(path, option):
 
 
 def save_file(path, content):
-    """Write a text, a checkpoint or what `content(file)` writes: a kill at any time leaves the old file or the new."""
+    """Write a text, a checkpoint or what `content(file)` writes; its folder is made where it is missing. A kill at any time
+    leaves the old file or the new."""
     part = Path(f"{path}.part")
     if processes()[0]:
         return
     with data.clear_errors(f"writing {path}", "make room, or give another folder"):
+        part.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
             with open(part, "wb") as file:
                 content(file)
@@ -191,7 +180,8 @@ def parser(description, epilog):
     add("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
     add("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
     add("--weight_decay", type=not_negative(float), default=4e-4, help="for the network alone (default: 4e-4)")
-    add("--val_fraction", type=float, default=0.0, help="of the training classes, to choose the epoch (default: 0)")
+    add("--val_fraction", type=not_negative(float, below=1), default=0.0,
+        help="of the training classes, to choose the epoch (default: 0)")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="default: 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -203,12 +193,12 @@ def parser(description, epilog):
     return p
 
 
-def positive(kind, zero=False):
-    """An argparse type: an int or float above zero, or also zero."""
+def positive(kind, zero=False, below=math.inf):
+    """An argparse type: an int or float above zero, or also zero, and below `below`."""
     def convert(text):
         value = kind(text)
-        if not (0 < value < math.inf or zero and value == 0):
-            raise argparse.ArgumentTypeError(f"{text} is {'negative or infinite' if zero else 'not above zero'}")
+        if not (0 < value < below or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'above'} 0 and below {below:g}")
         return value
     convert.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"         # as argparse will call it
     return convert
@@ -248,16 +238,22 @@ def parse(p, preset, argv=None):
     vars(args).update({key: value for key, value in settings.items() if getattr(args, key) is None})
     if args.image_size < 16:
         raise UserError(f"--image_size {args.image_size} is too small for four poolings: use at least 16")
-    if not 0 <= args.val_fraction < 1:
-        raise UserError(f"--val_fraction {args.val_fraction} is not in [0, 1)")
     if args.arch != "resnet50" and args.weights == "imagenet":
         raise UserError(f"--weights imagenet needs --arch resnet50: for {args.arch} give a state dict's path, or none")
     return args
 
 
-def preset_table(presets):
-    """{title: settings} as aligned text for --help, a line for each setting."""
-    return evaluate.aligned(presets, lambda name, settings: str(settings.get(name, "")).replace(" ", ""))
+def table(columns):
+    """Plain text of {title: metrics}: a row per metric, fractions in percent, "-" where a column lacks the metric."""
+    return aligned(columns, lambda name, metrics: evaluate.spread(name, [metrics.get(name, math.nan)]))
+
+
+def aligned(columns, cell=lambda name, column: str(column.get(name, "")).replace(" ", "")):
+    """Plain text of {title: {name: value}}: a row per name, whose cells are `cell(name, column)`."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [["", *columns]] + [[name, *(cell(name, column) for column in columns.values())] for name in names]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def make_device(name):
@@ -340,21 +336,6 @@ def load_network(path, device="auto"):
     return network, lambda image: transform(data.read_image(image, transform))
 
 
-def load_splits(args):
-    """(training, validation or None, test) Splits of a run."""
-    rank, world = processes()
-    if rank:
-        dist.barrier()                      # rank 0 comes first: it may have to download
-    train, test = data.load(args.dataset, args.data_root)
-    if world > 1 and not rank:
-        dist.barrier()
-    if args.corrupt:
-        train, test = data.corrupted(train, seed=1), data.corrupted(test, seed=2)
-    if args.val_fraction:
-        return (*data.hold_out(train, args.val_fraction), test)
-    return train, None, test
-
-
 # ------------------------------------------------------------------------------------------------- several GPUs
 # `torchrun --nproc_per_node=N nir.py ...` starts N processes. Each embeds its share of every batch, then all embeddings
 # are gathered. So each computes the same loss of the whole batch, from the same random numbers; rank 0 alone writes.
@@ -429,7 +410,7 @@ def train(args, criterion, name, setup=None):
     args.precision = backbone_precision(args.precision, device)      # as it is, for whoever resumes or evaluates elsewhere
     join_processes(device)
     rank, world = processes()
-    train_split, val_split, test_split = load_splits(args)
+    train_split, val_split, test_split = data.load_splits(args)
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
     args.batch_size = args.batch_size or min(args.usual_batch_size, data.largest_batch(train_split.labels))
     batches = data.ClassBatches(train_split.labels, args.batch_size, seed=args.seed)
@@ -518,10 +499,10 @@ def train(args, criterion, name, setup=None):
     for title in ("last", "best"):
         saved = load_checkpoint(out / f"{title}.pt", "checkpoint")
         rows = embed(build_network(args, saved, device), test_split, args, device)
-        metrics = evaluate.all_metrics(rows, test_split.labels.to(device), evaluate.usual_ks(args.dataset))
+        metrics = evaluate.all_metrics(rows, test_split.labels.to(device), data.usual_ks(args.dataset))
         metrics.update(evaluate.uncertainty(rows, test_split.labels, test_split.ambiguity)[0])
         columns[title] = {"epoch": saved["epoch"], **metrics}
-    print(f"\ntest classes; the best epoch is chosen by {judged} Recall@1\n" + evaluate.table(columns), flush=True)
+    print(f"\ntest classes; the best epoch is chosen by {judged} Recall@1\n" + table(columns), flush=True)
     save_file(out / "results.json", json.dumps(columns, indent=1))
     print(f"\npictures: {command.launcher} evaluate.py --checkpoint {out / 'best.pt'} --pictures")
     return columns

@@ -67,15 +67,20 @@ def progress(items, total, what):
 
 # ---------------------------------------------------------------------------------------------------- the readers
 
-def halves(paths, labels, class_names):
+def class_range(split, first, last):
+    """The classes first .. last - 1 of a Split, as a Split of their own."""
+    chosen = torch.nonzero((split.labels >= first) & (split.labels < last)).flatten()
+    known = [None if values is None else values[chosen] for values in (split.ambiguity, split.corruption)]
+    return Split([split.images[i] for i in chosen], split.labels[chosen] - first, split.class_names[first:last], *known)
+
+
+def halves(split):
     """Split by class: the first half of the classes listed trains, the second half tests (the field's protocol)."""
-    labels, half = np.asarray(labels), len(class_names) // 2
-    if half < 1:
-        raise UserError(f"{len(class_names)} class(es) found, but training and test need at least one class each: "
-                        "give at least two classes")
-    train, test = np.flatnonzero(labels < half), np.flatnonzero(labels >= half)
-    return (Split([paths[i] for i in train], torch.as_tensor(labels[train]), class_names[:half]),
-            Split([paths[i] for i in test], torch.as_tensor(labels[test] - half), class_names[half:]))
+    number = len(split.class_names)
+    if number < 2:
+        raise UserError(f"{number} class(es) found, but training and test need at least one each: give at least two classes, "
+                        "of one's own photographs a sub-folder of --data_root each")
+    return class_range(split, 0, number // 2), class_range(split, number // 2, number)
 
 
 def find(root, folder, marker, url, md5):
@@ -108,7 +113,7 @@ def load_cub200(root):
         labels = [label_of[class_of[image_id]] for image_id, _ in rows]
     except KeyError as error:
         raise UserError(f"{base} has no class for the id {error} of images.txt: unpack the archive again") from None
-    return halves([base / "images" / path for _, path in rows], labels, [name for _, name in names])
+    return halves(Split([base / "images" / path for _, path in rows], torch.tensor(labels), [name for _, name in names]))
 
 
 def load_cars196(root):
@@ -138,7 +143,7 @@ def load_cars196(root):
         raise UserError(f"Cars196 was not found in {root}, and its official address is dead: put either car_ims.tgz and cars_annos.mat "
                         "there, or the folders devkit/, cars_train/, cars_test/ and the file cars_test_annos_withlabels.mat (both "
                         "are in circulation as 'Stanford Cars')")
-    return halves([base / path for path, _ in rows], [label - 1 for _, label in rows], names)
+    return halves(Split([base / path for path, _ in rows], torch.tensor([label - 1 for _, label in rows]), names))
 
 
 def read_mat(path, variable=None, file_field=None, names_variable=None):
@@ -184,23 +189,22 @@ def load_pictures(folder):
 
 def load_folder(root):
     """One's own photographs, one sub-folder per class: the first half of the sorted class folders trains."""
-    paths, labels, names = [], [], []
     if not Path(root).is_dir():
         raise UserError(f"the folder {root} does not exist: give --data_root the folder that holds one sub-folder per class")
+    split = load_pictures(root)
     for folder in sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith(".")):
-        files = pictures_below(folder)
-        if not files:
+        if folder.name not in split.class_names:
             warnings.warn(f"{folder} holds no image and is left out")
-            continue
-        paths, labels = paths + files, labels + [len(names)] * len(files)
-        names.append(folder.name)
-    if not paths:
-        raise UserError(f"{root} holds no images in sub-folders: give --data_root a folder of one sub-folder per class")
-    return halves(paths, labels, names)
+    return halves(class_range(split, split.class_names.count(""), len(split.class_names)))          # "": in no sub-folder
 
 
 # Published number of training and test images: fewer means a subset, and its numbers compare with nobody else's.
 PUBLISHED = {"cub200": (5864, 5924), "cars196": (8054, 8131), "sop": (59551, 60502)}
+
+
+def usual_ks(dataset):
+    """The k for which papers report Recall@k on a data set."""
+    return (1, 10, 100, 1000) if dataset == "sop" else (1, 2, 4, 8)
 
 
 def load(name, root):
@@ -232,18 +236,27 @@ DATASETS = ("toy", *LOADERS)
 
 def hold_out(split, fraction):
     """Cut the last `fraction` of a split's classes off for validation: (remaining Split, validation Split)."""
-    classes = len(split.class_names)
-    held = max(2, round(fraction * classes))      # one class alone would make retrieval trivial
-    if classes - held < 2:
-        raise UserError(f"--val_fraction {fraction} leaves {classes - held} of {classes} training classes: "
+    number = len(split.class_names)
+    held = max(2, round(fraction * number))       # one class alone would make retrieval trivial
+    if number - held < 2:
+        raise UserError(f"--val_fraction {fraction} leaves {number - held} of {number} training classes: "
                         "at least two have to remain on either side")
-    parts = []
-    for first, last in ((0, classes - held), (classes - held, classes)):
-        chosen = torch.nonzero((split.labels >= first) & (split.labels < last)).flatten()
-        known = [None if values is None else values[chosen] for values in (split.ambiguity, split.corruption)]
-        parts.append(Split([split.images[i] for i in chosen], split.labels[chosen] - first,
-                           split.class_names[first:last], *known))
-    return tuple(parts)
+    return class_range(split, 0, number - held), class_range(split, number - held, number)
+
+
+def load_splits(args):
+    """(training, validation or None, test) Splits of a run."""
+    rank, world = processes()
+    if rank:
+        dist.barrier()                      # rank 0 comes first: it may have to download
+    train, test = load(args.dataset, args.data_root)
+    if world > 1 and not rank:
+        dist.barrier()
+    if args.corrupt:
+        train, test = corrupted(train, seed=1), corrupted(test, seed=2)
+    if args.val_fraction:
+        return (*hold_out(train, args.val_fraction), test)
+    return train, None, test
 
 
 # ------------------------------------------------------------------------------------------------------ downloads
@@ -307,12 +320,7 @@ def fetch(root, url, md5, folder):
                           "try --dataset toy, which needs none"):
             archive.parent.mkdir(parents=True, exist_ok=True)
             download(url, part)
-        try:
-            check_md5(part, md5)
-        except UserError as error:
-            part.unlink()                          # a wrong file must not be resumed
-            raise UserError(f"{url} is not the published file, and was deleted: {error}") from None
-        os.replace(part, archive)
+            os.replace(part, archive)
     check_md5(archive, md5)
     unpack(archive, root, folder)
 
@@ -326,19 +334,12 @@ def unpack(archive, root, folder):
         try:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as file:
-                    for name in file.namelist():   # extractall would quietly rename such members
-                        if name.startswith(("/", "\\")) or ".." in Path(name).parts:
-                            raise UserError(f"{archive} holds the member {name!r}, which points outside: do not use it")
-                    file.extractall(staging)
+                    file.extractall(staging)       # which puts members that point outside inside
             else:
                 with tarfile.open(archive) as file:
                     file.extractall(staging, filter="data")
-        except tarfile.FilterError as error:
-            raise UserError(f"{archive} holds a member that points outside ({error}): do not use it") from None
         except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
             raise UserError(f"{archive} is not a readable archive ({error}): delete it and run again") from None
-        if not (staging / folder).is_dir():
-            raise UserError(f"{archive} holds no folder {folder}: it is not the published archive")
         os.replace(staging / folder, Path(root) / folder)    # only now does the data set exist
         shutil.rmtree(staging)
 
@@ -395,8 +396,7 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
     blur = blur / blur.sum(2, keepdim=True)
     ink = blur @ ink @ blur.mT + 0.05 * torch.randn(n, size, size, generator=rng)
     images = (255 * (1 - ink.clamp(0, 1))).to(torch.uint8).numpy()                                # dark on white
-    train, test = halves(list(images), labels, [f"character{c:03d}" for c in range(classes)])
-    return train._replace(ambiguity=ambiguity[:n // 2]), test._replace(ambiguity=ambiguity[n // 2:])
+    return halves(Split(list(images), labels, [f"character{c:03d}" for c in range(classes)], ambiguity))
 
 
 # ---------------------------------------------------------------------------------------------- images and batches
@@ -411,8 +411,7 @@ def reduction(transform, width, height):
     megapixel there is little to gain, and the answer 1."""
     first, short, possible = next(iter(getattr(transform, "transforms", ())), None), min(width, height), 1
     if isinstance(first, transforms.RandomResizedCrop):
-        ratio = min(first.ratio[0], 1 / first.ratio[1])
-        possible = min(math.sqrt(first.scale[0] * ratio * width * height), short) / max(first.size)
+        possible = min(math.sqrt(first.scale[0] * first.ratio[0] * width * height), short) / max(first.size)
     elif isinstance(first, transforms.Resize) and isinstance(first.size, int):
         possible = short / first.size
     return max(scale for scale in (1, 2, 4, 8) if scale == 1 or scale <= possible and width * height >= 2 ** 20)

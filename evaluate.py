@@ -1,7 +1,7 @@
 """How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
 
-In reading order: retrieval, clustering, structure, uncertainty (what the norm knows), the table, the pictures, the
-comparison of finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford
+In reading order: retrieval, clustering, structure, uncertainty (what the norm knows), pictures, the comparison of
+finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford
 Online Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
@@ -14,7 +14,6 @@ import json
 import math
 import re
 import warnings
-from functools import partial
 from pathlib import Path
 
 import data                                               # before torch: see its first lines
@@ -32,34 +31,24 @@ TIE = 1e-6         # cosines closer than this are equal: float32 products differ
                    # the matrix, and a network that has collapsed must not live on its rounding errors
 
 
-def check(embeddings, labels=None, pairs=False):
+def check(embeddings, labels=None, pairs=False, ks=()):
     """(embeddings in float32 or float64 without gradient, labels renumbered 0 .. C-1), or a UserError, with `pairs` also
-    where no class has two images."""
+    where no class has two images; `ks` are for Recall@k or mAP@k."""
+    if any(not isinstance(k, int) or k < 1 for k in ks):
+        raise UserError(f"k = {list(ks)} cannot be evaluated: give positive whole numbers")
     if embeddings.dim() != 2 or embeddings.shape[0] < 2 or embeddings.shape[1] < 1:
         raise UserError(f"embeddings of shape {tuple(embeddings.shape)} cannot be evaluated: give (N, D) with N >= 2")
     if bad := int((~embeddings.isfinite()).any(1).sum()):
-        raise UserError(f"{bad} of {len(embeddings)} embeddings hold NaN or infinity: the network has diverged, "
-                        "try a smaller learning rate")
+        raise UserError(f"{bad} of {len(embeddings)} embeddings hold NaN or infinity: diverged, try a smaller learning rate")
     embeddings = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
     if labels is None:
         return embeddings
     if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-        raise UserError(f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit {len(embeddings)} "
-                        "embeddings: give one integer for each")
+        raise UserError(f"{len(embeddings)} embeddings need as many integer labels, not {labels.dtype} {tuple(labels.shape)}")
     labels = labels.to(embeddings.device).unique(return_inverse=True)[1]
     if pairs and labels.bincount().max() < 2:
         raise UserError("no class has two images, so there is nothing to compare: evaluate on other data")
     return embeddings, labels
-
-
-def usual_ks(dataset):
-    """The k for which papers report Recall@k on a data set."""
-    return (1, 10, 100, 1000) if dataset == "sop" else (1, 2, 4, 8)
-
-
-def check_ks(ks):
-    if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
-        raise UserError(f"k = {list(ks)} cannot be evaluated: give positive whole numbers")
 
 
 # ------------------------------------------------------------------------------------------------------ retrieval
@@ -74,12 +63,11 @@ def comparisons(embeddings, labels, what, similarity=None):
     first = counts.cumsum(0) - counts                                 # where a class begins in order
     queries = order[counts[labels[order]] > 1]
     if len(queries) < len(labels):
-        warnings.warn(f"{len(labels) - len(queries)} of {len(labels)} images are alone in their class and are left out "
-                      "as queries")
-    rows = CHUNK // len(labels) // (8 if similarity else 1)            # a kernel needs room for its intermediate steps
+        warnings.warn(f"{len(labels) - len(queries)} of {len(labels)} images are alone in their class: no queries")
+    # By class: M is the largest class of the chunk, not of the data set. A kernel needs room for its intermediate steps.
+    chunks = queries.split(max(1, CHUNK // len(labels) // (8 if similarity else 1)))
     if similarity is None:
         embeddings, similarity = F.normalize(embeddings, dim=1), lambda queries, others: queries @ others.T
-    chunks = queries.split(max(1, rows))           # by class: M is the largest class of the chunk, not of the data set
     for query in progress(chunks, len(chunks), what):
         label = labels[query]
         slot = torch.arange(int(counts[label].max()), device=label.device)
@@ -98,9 +86,8 @@ def recall_at_k(embeddings, labels, ks, similarity=None):
     against the query, so that a network which maps all images to one point scores 0 (an argsort may give it 100 %).
     Images alone in their class are no queries (warning). Raises UserError if no query is left.
     """
-    check_ks(ks)
     ahead = []
-    for relatives, strangers in comparisons(*check(embeddings, labels, pairs=True), "recall: queries", similarity):
+    for relatives, strangers in comparisons(*check(embeddings, labels, True, ks), "recall: queries", similarity):
         closest = relatives[:, :1]
         strangers.ge_(closest - TIE * closest.abs().clamp(min=1))    # ones and zeros in floats: adding those up is ten
         ahead.append(strangers.sum(1))                               # times faster than adding booleans
@@ -110,9 +97,8 @@ def recall_at_k(embeddings, labels, ks, similarity=None):
 
 def mean_average_precisions(embeddings, labels, ks):
     """A list of mAP@k, one for each k of `ks`, in a single pass; k = None stands for R, the query's own number."""
-    check_ks([k for k in ks if k is not None] or [1])
-    totals, queries = [0.0] * len(ks), 0
-    for relatives, strangers in comparisons(*check(embeddings, labels, pairs=True), "mAP: queries"):
+    totals, queries, numbers = [0.0] * len(ks), 0, [k for k in ks if k is not None]
+    for relatives, strangers in comparisons(*check(embeddings, labels, True, numbers), "mAP: queries"):
         present = relatives > -math.inf
         R = present.sum(1, keepdim=True)
         # The j-th closest relative is at position j + strangers at least as close; the k closest of them are enough.
@@ -197,21 +183,19 @@ def clustering(embeddings, labels, seed=0):
 # ------------------------------------------------------------------------------------------------------ structure
 
 def uniformity(embeddings):
-    """G2 = log mean_{i<j} exp(-2 ||x_i - x_j||^2), at most 0, of (N, D) embeddings as given (Wang and Isola 2020).
+    """G2 = log mean_{i != j} exp(-2 ||x_i - x_j||^2), at most 0, of (N, D) embeddings as given (Wang and Isola 2020).
 
     The lower, the more evenly the embeddings fill the sphere; 0 means that all of them are one point.
     """
     x = check(embeddings)
     x = x - x.mean(0)                              # distances stay, and their expansion loses fewer digits
-    square, size, rows = x.square().sum(1), max(1, CHUNK // len(x)), []
-    for start in progress(range(0, len(x), size), math.ceil(len(x) / size), "uniformity: rows"):
-        part = slice(start, start + size)
-        energy = torch.addmm(square[start:], x[part], x[start:].T, alpha=-2).add_(square[part].unsqueeze(1))
-        energy = energy.clamp_(min=0).mul_(-2)                                                  # (B, N - start)
-        below = torch.ones(len(energy), len(energy), dtype=torch.bool, device=x.device).tril()  # i >= j
-        energy[:, :len(energy)].masked_fill_(below, -math.inf)
+    square, rows = x.square().sum(1), []
+    chunks = torch.arange(len(x), device=x.device).split(max(1, CHUNK // len(x)))
+    for own in progress(chunks, len(chunks), "uniformity: rows"):
+        energy = torch.addmm(square, x[own], x.T, alpha=-2).add_(square[own].unsqueeze(1)).clamp_(min=0).mul_(-2)
+        energy.scatter_(1, own.unsqueeze(1), -math.inf)                                             # (B, N), not i = j
         rows.append(energy.logsumexp(1).double())  # logarithms: distant points would underflow to log 0
-    return torch.cat(rows).logsumexp(0).item() - math.log(len(x) * (len(x) - 1) / 2)
+    return torch.cat(rows).logsumexp(0).item() - math.log(len(x) * (len(x) - 1))
 
 
 def spectral_decay(embeddings):
@@ -301,52 +285,15 @@ def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
             "concentration_variance": concentration_variance(embeddings, labels)}
 
 
-# ---------------------------------------------------------------------------------------------------------- table
-
-def style(name, size=1.0):
-    """(factor, format, unit) of a metric: fractions in percent, the rest, and gradient shares below 0.1 %, as it is."""
-    if name not in ("nmi", "f1") and not name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_")):
-        return 1, ".4g", ""
-    return (1, ".2g", "") if name.startswith("grad_share_") and abs(size) < 1e-3 else (100, ".1f", " %")
-
-
-def spread(name, values, paired=False):
-    """Text "mean ± sample deviation" of a metric's values, or of paired differences "mean [low, high]", Student's 95 %
-    interval. A value that is missing is nan; then the number of the others is told, too."""
-    known = [value for value in values if not math.isnan(value)]
-    if len(known) < 1 + paired:
-        return "-"
-    factor, digits, unit = style(name, np.mean(known))
-    mean, text = factor * np.mean(known), ""
-    if len(known) > 1:
-        deviation = factor * np.std(known, ddof=1)
-        half = scipy.stats.t.ppf(0.975, len(known) - 1) * deviation / math.sqrt(len(known))
-        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {deviation:{digits.replace('4', '2')}}"
-    return f"{mean:{'+' * paired}{digits}}{text}{unit}" + (f" (n = {len(known)})" if len(known) < len(values) else "")
-
-
-def table(columns):
-    """Plain text of {title: metrics}: a row per metric, fractions in percent, "-" where a column lacks the metric."""
-    return aligned(columns, lambda name, metrics: spread(name, [metrics.get(name, math.nan)]))
-
-
-def aligned(columns, cell):
-    """Plain text of {title: {name: value}}: a row per name, whose cells are `cell(name, column)`."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [["", *columns]] + [[name, *(cell(name, column) for column in columns.values())] for name in names]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
-
 # ------------------------------------------------------------------------------------------------------- pictures
 
-RIGHT, WRONG, NEUTRAL = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1), (0.6, 0.6, 0.6)
+RIGHT, WRONG, NEUTRAL, LOW, HIGH = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1), (0.6,) * 3, (0.8,) * 3, (0.2,) * 3
 BORDER = 4
 
 
 def framed(image, colour):
     """A picture (3, H, W) in [0, 1] with a border, its shorter side brought to 64 .. 112 pixels."""
-    image, side = image.detach().float().cpu(), min(image.shape[1:])
+    side = min(image.shape[1:])
     scale = math.ceil(64 / side) if side < 64 else min(1.0, 112 / side)     # whole multiples keep small pixels square
     image = F.interpolate(image[None], scale_factor=scale, mode="nearest" if side < 64 else "area")[0]
     frame = torch.tensor(colour).view(3, 1, 1).repeat(1, image.shape[1] + 2 * BORDER, image.shape[2] + 2 * BORDER)
@@ -361,22 +308,20 @@ def save_retrieval(path, image, embeddings, labels, num_queries=10, neighbours=5
     a relative; UserError if there is none.
     """
     embeddings, labels = check(embeddings, labels, pairs=True)
-    possible = (labels.bincount()[labels] > 1).nonzero().flatten().cpu()
-    rng = torch.Generator().manual_seed(seed)
-    queries = possible[torch.randperm(len(possible), generator=rng)[:num_queries]].to(labels.device)
+    possible = (labels.bincount()[labels] > 1).nonzero().flatten()
+    queries = possible[torch.randperm(len(possible), generator=torch.Generator().manual_seed(seed))[:num_queries]]
     embeddings = F.normalize(embeddings, dim=1)
     cosine = (embeddings[queries] @ embeddings.T).scatter_(1, queries.unsqueeze(1), -math.inf)     # not itself
     nearest = cosine.topk(min(neighbours, len(labels) - 1)).indices                                # (Q, neighbours)
     tiles = []
-    for query, found in zip(queries, nearest):
-        right = labels[found] == labels[query]
-        tiles.append(framed(image(int(query)), NEUTRAL))
-        tiles += [framed(image(i), RIGHT if ok else WRONG) for i, ok in zip(found.tolist(), right.tolist())]
+    for query, found in zip(queries.tolist(), nearest.tolist()):
+        tiles.append(framed(image(query), NEUTRAL))
+        tiles += [framed(image(i), RIGHT if labels[i] == labels[query] else WRONG) for i in found]
     save_image(make_grid(tiles, nrow=1 + nearest.shape[1], pad_value=1), path)
 
 
 def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
-    """A picture file: each row a class, its `each` images of lowest norm at the left, of highest at the right.
+    """A picture file: each row a class, its `each` images of lowest norm (light border), then of highest (dark).
 
     Takes the un-normalised (N, D) embeddings, and `image` as in `save_retrieval`. The classes are evenly spaced among
     those with enough images; UserError if all classes have one image.
@@ -384,53 +329,45 @@ def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
     embeddings, labels = check(embeddings, labels, pairs=True)
     counts, norms = labels.bincount(), embeddings.norm(dim=1)
     each = min(each, int(counts.max()) // 2)
-    shown = (counts >= 2 * each).nonzero().flatten()
-    low, high, rows = [], [], min(classes, len(shown))
-    for i in range(rows):
-        members = (labels == shown[i * len(shown) // rows]).nonzero().flatten()
+    shown, tiles = (counts >= 2 * each).nonzero().flatten(), []
+    for c in shown[torch.arange(min(classes, len(shown))) * len(shown) // min(classes, len(shown))]:
+        members = (labels == c).nonzero().flatten()
         members = members[norms[members].argsort()].tolist()
-        low += [framed(image(m), NEUTRAL) for m in members[:each]]
-        high += [framed(image(m), NEUTRAL) for m in members[-each:]]
-    left, right = (make_grid(tiles, nrow=each, pad_value=1) for tiles in (low, high))
-    save_image(torch.cat([left, torch.ones(3, left.shape[1], 6 * BORDER), right], dim=2), path)
+        tiles += [framed(image(m), LOW) for m in members[:each]] + [framed(image(m), HIGH) for m in members[-each:]]
+    save_image(make_grid(tiles, nrow=2 * each, pad_value=1), path)
 
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
-def save_curves(path, curves, label="Recall@1, %", size=(720, 420)):
-    """A PNG file of {group: [a list of values by epoch for each seed]}: a colour per group, a thin line per seed, a thick
-    one for the mean over the epochs that all its seeds have. Groups beyond the tenth take the first colours again."""
-    values = [v for runs in curves.values() for run in runs for v in run]
-    epochs, low, high = max(len(run) for runs in curves.values() for run in runs), min(values), max(values)
-    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if s >= (high - low) / 8 or s == 20)
-    low, high = step * math.floor(low / step), step * max(math.ceil(high / step), math.floor(low / step) + 1)
-    width, height = 2 * size[0], 2 * size[1]                                              # drawn twice as large: smooth
-    left, top, right, bottom = 124, 28, width - 28, height - 88
-    picture = Image.new("RGB", (width, height), "white")
+def save_curves(path, curves):
+    """A PNG file of {group: [a list of percentages by epoch for each seed]}: a colour per group, a thin line per seed, a
+    thick one for the mean over the epochs that all have. Groups beyond the tenth take the first colours again."""
+    values = [value for runs in curves.values() for run in runs for value in run]
+    epochs, step = max(len(run) for runs in curves.values() for run in runs), math.ceil((max(values) - min(values)) / 8) or 1
+    low, high = (step * int(value // step) for value in (min(values), max(values) + step))
+    picture, (left, top, right, bottom) = Image.new("RGB", (1440, 840), "white"), (124, 28, 1412, 752)
     draw = ImageDraw.Draw(picture)
-    text = partial(draw.text, font=ImageFont.load_default(26), fill="black")
+    draw.font = ImageFont.load_default(26)
 
     def at(epoch, value):                          # epochs from 1, in pixels
         return (left + (right - left) * (epoch - 1) / max(1, epochs - 1),
                 bottom - (bottom - top) * (value - low) / (high - low))
-    for value in np.arange(low, high + step / 2, step):
+    for value in range(low, high + 1, step):
         draw.line([at(1, value), at(epochs, value)], fill="#dddddd", width=2)
-        text((left - 16, at(1, value)[1]), f"{value:g}" if step >= 1 else f"{value:.1f}", anchor="rm")
-    for epoch in range(1, epochs + 1, max(1, math.ceil(epochs / 15))):
-        x, y = at(epoch, low)
-        draw.line([x, y, x, y + 10], fill="black", width=2)
-        text((x, y + 30), str(epoch), anchor="mm")
+        draw.text((left - 16, at(1, value)[1]), str(value), "black", anchor="rm")
+    for epoch in range(1, epochs + 1, math.ceil(epochs / 15)):
+        draw.text((at(epoch, low)[0], bottom + 30), str(epoch), "black", anchor="mm")
     draw.line([at(1, high), at(1, low), at(epochs, low)], fill="black", width=2)
-    text(((left + right) / 2, height - 20), "epoch", anchor="mm")
-    text((left + 16, top + 16), label, anchor="lm")
+    draw.text(((left + right) / 2, bottom + 68), "epoch", "black", anchor="mm")
+    draw.text((left + 16, top + 16), "Recall@1, %", "black", anchor="lm")
     for i, (name, runs) in enumerate(curves.items()):
-        colour, mean = COLOURS[i % len(COLOURS)], [float(np.mean(column)) for column in zip(*runs)]
-        for run, thickness in (*((run, 1) for run in runs), (mean, 6)):
+        colour = COLOURS[i % len(COLOURS)]
+        for run, thickness in (*((run, 1) for run in runs), (np.mean([*zip(*runs)], axis=1), 6)):
             points = [at(epoch, value) for epoch, value in enumerate(run, start=1)]
-            draw.line(points if len(points) > 1 else points * 2, fill=colour, width=thickness, joint="curve")
-        text((right - 16, bottom - 24 - 34 * (len(curves) - 1 - i)), f"{name} (n = {len(runs)})", anchor="rm", fill=colour)
-    picture.resize(size, Image.Resampling.LANCZOS).save(path, format="png")
+            draw.line(points, fill=colour, width=thickness, joint="curve")
+        draw.text((right - 16, bottom + 10 - 34 * (len(curves) - i)), f"{name} (n = {len(runs)})", colour, anchor="rm")
+    picture.resize((720, 420), Image.Resampling.LANCZOS).save(path, format="png")             # drawn twice as large: smooth
 
 
 # ----------------------------------------------------------------------------------------------------- comparison
@@ -441,49 +378,43 @@ CIRCUMSTANCES = ("seed", "out", "resume", "device", "workers", "data_root", "com
 
 
 def read_run(folder):
-    """A finished run as {"folder", "args", "kind", "settings", "numbers"}; UserError says why it is none.
-
-    `numbers` are results.json's of the last epoch, log.csv's last row, and all its rows as COLUMN@EPOCH. Of equal names
-    the first counts: recall@1 and test_recall@1 are whole names.
-    """
-    file, log, last = "args.json", [], {}
+    """A finished run as a dictionary, or a UserError that says why it is none. `name` is the folder's without the seed, as in
+    NAME-seed0, NAME-seed0-2, NAME/0. `numbers` are results.json's of the last epoch, log.csv's last row, and all its rows
+    as COLUMN@EPOCH; of equal names the first counts: recall@1 and test_recall@1 are whole names."""
     try:
-        args = {"seed": 0, "val_fraction": 0.0, **json.loads((folder / file).read_text())}
-        args["seed"], epochs, file = int(args["seed"]), max(1, int(args["epochs"])), "log.csv"
+        args, results = (json.loads((folder / file).read_text()) for file in ("args.json", "results.json"))
         log = [{name: float(value) for name, value in row.items()}
-               for row in csv.DictReader((folder / file).read_text().splitlines())]
-        numbers, file = {f"{name}@{row['epoch']:.0f}": row[name] for row in log for name in row}, "results.json"
-        last = {name: float(value) for name, value in json.loads((folder / file).read_text())["last"].items()}
-    except (FileNotFoundError, NotADirectoryError):
-        if file == "args.json":
-            raise UserError("missing: no " + ("args.json" if folder.is_dir() else "such folder")) from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, csv.Error) as error:
-        raise UserError(f"broken: {file}, {type(error).__name__}: {error}") from None
-    if not last or len(log) < epochs:
-        raise UserError(f"unfinished: {len(log)} of {epochs} epochs" + (", no results" if len(log) >= epochs else ""))
-    settings = {key: value for key, value in args.items() if key not in CIRCUMSTANCES and value is not None}
-    dataset = args.get("dataset")
-    if dataset == "folder":                        # its name is the data set's
-        dataset = f"folder {Path(str(args.get('data_root'))).name}"
-    return {"folder": folder, "args": args, "settings": json.dumps(settings, sort_keys=True),
-            "kind": f"{dataset}, {epochs} epochs, val_fraction {args['val_fraction']}",
-            "numbers": {**numbers, **log[-1], **last},
-            "curve": [100 * row.get("val_recall@1", row.get("test_recall@1", math.nan)) for row in log]}
+               for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
+        # One's own photographs are told apart by their folder's name.
+        dataset = args["dataset"] if args["dataset"] != "folder" else f"folder {Path(args['data_root']).name}"
+        name = Path(re.sub(rf"[-_/](s(eed)?[-_]?)?{args['seed']}(-\d+)?$", "", str(folder.absolute()))).name
+        return {"folder": folder, "name": name, **{key: args[key] for key in ("seed", "command", "torch", "commit")},
+                "settings": {key: value for key, value in args.items() if key not in CIRCUMSTANCES and value is not None},
+                "kind": f"{dataset}, {args['epochs']} epochs, val_fraction {args['val_fraction']}",
+                "numbers": {**{f"{name}@{row['epoch']:.0f}": row[name] for row in log for name in row}, **log[-1],
+                            **{name: float(value) for name, value in results["last"].items()}},
+                "curve": [100 * row.get("val_recall@1", row.get("test_recall@1", math.nan)) for row in log]}
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"missing or unfinished: no {Path(error.filename).name}") from None
+    except Exception as error:                     # whatever becomes of files that somebody has changed
+        raise UserError(f"broken: {type(error).__name__}: {error}") from None
 
 
-def group_names(groups):
-    """For each list of runs the name of its first folder without the seed; where two lists would be called the same,
-    also the settings in which they differ."""
-    short, names = [], []
-    for run, *_ in groups:
-        seed = rf"[-_/](s(eed)?[-_]?)?{run['args']['seed']}(-\d+)?$"           # as in NAME-seed0, NAME-seed0-2, NAME/0
-        short.append(Path(re.sub(seed, "", str(run["folder"].absolute()))).name)
-    settings = [json.loads(runs[0]["settings"]) for runs in groups]
-    for name, own in zip(short, settings):
-        rivals = [other for n, other in zip(short, settings) if n == name]
-        differ = [key for key in sorted(set().union(*rivals)) if any(r.get(key) != own.get(key) for r in rivals)]
-        names.append(" ".join([name, *(f"{key}={own.get(key)}" for key in differ)]))
-    return names
+def spread(name, values, paired=False):
+    """Text "mean ± sample deviation" of a metric's values, or "mean [low, high]" of paired differences, Student's 95 %
+    interval; fractions in percent. A value that is missing is nan; then the number of the others is told, too."""
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 1 + paired:
+        return "-"
+    tiny = name.startswith("grad_share_") and abs(np.mean(known)) < 1e-3                      # which needs its digits
+    fraction = name in ("nmi", "f1") or name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_"))
+    factor, digits, few = (1, ".2g", ".2g") if tiny else (100, ".1f", ".1f") if fraction else (1, ".4g", ".2g")
+    mean, text = factor * np.mean(known), ""
+    if len(known) > 1:
+        half = factor * scipy.stats.t.ppf(0.975, len(known) - 1) * scipy.stats.sem(known)
+        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {factor * np.std(known, ddof=1):{few}}"
+    text += " %" * (factor == 100) + f" (n = {len(known)})" * (len(known) < len(values))
+    return f"{mean:{'+' * paired}{digits}}{text}"
 
 
 def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
@@ -503,14 +434,11 @@ def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
             left_out.append(f"{folder} ({error})")
     kinds = [run["kind"] for run in runs]
     usual = kinds[0] if baseline else max(kinds, key=kinds.count, default=None)
-    for run in runs:
-        group, seed = groups.setdefault(run["settings"], {}) if run["kind"] == usual else {}, run["args"]["seed"]
-        if run["kind"] != usual:
-            left_out.append(f"{run['folder']} (unlike: {run['kind']}; not {usual})")
-        elif seed in group:
-            left_out.append(f"{run['folder']} (same seed as {group[seed]['folder']})")
-        else:
-            group[seed] = run
+    left_out += [f"{run['folder']} (unlike: {run['kind']}; not {usual})" for run in runs if run["kind"] != usual]
+    for run in (run for run in runs if run["kind"] == usual):
+        known = groups.setdefault(json.dumps(run["settings"], sort_keys=True), {}).setdefault(run["seed"], run)
+        if known is not run:
+            left_out.append(f"{run['folder']} (same seed as {known['folder']})")
     runs = [run for group in groups.values() for run in group.values()]
     if not runs:
         raise UserError(f"no finished run to compare: {'; '.join(left_out)}")
@@ -519,25 +447,29 @@ def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
         raise UserError(f"no run has the metric {', '.join(unknown)}: there is " + ", ".join(
             name for name, column in there.items() if column not in there) + " and log.csv's COLUMN@EPOCH")
 
-    groups = dict(zip(group_names([list(group.values()) for group in groups.values()]), groups.values()))
+    firsts = [next(iter(group.values())) for group in groups.values()]
+
+    def title(run):                                # with the settings in which groups of one name differ
+        rivals, own = [first["settings"] for first in firsts if first["name"] == run["name"]], run["settings"]
+        differ = [key for key in sorted(set().union(*rivals)) if any(rival.get(key) != own.get(key) for rival in rivals)]
+        return " ".join([run["name"], *(f"{key}={own.get(key)}" for key in differ)])
+    titles, groups = [title(run) for run in firsts], list(groups.values())
     if curves:
         with data.clear_errors(f"writing {curves}", "give another file with --curves"):
-            save_curves(curves, {name: [run["curve"] for run in group.values()] for name, group in groups.items()})
-    lines, rows, first, base = [], [["", "n", *metrics]], metrics[0], next(iter(groups))
-    if baseline:
-        rows[0].append(f"{first} minus {base} [95 %]")
+            save_curves(curves, {name: [run["curve"] for run in group.values()] for name, group in zip(titles, groups)})
+    lines, base = [], {seed: run["numbers"].get(metrics[0], math.nan) for seed, run in groups[0].items()}
+    rows = [["", "n", *metrics, *([f"{metrics[0]} minus {titles[0]} [95 %]"] if baseline else [])]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for name, group in groups.items():
-        command = re.sub(r"(seed[ =-]?)\d+", r"\1N", str(next(iter(group.values()))["args"].get("command", "")))
-        lines.append(f"- {name}, seed {', '.join(map(str, group))}: {f'`{command}`' if command else 'command not recorded'}")
-        values = {key: [run["numbers"].get(key, math.nan) for run in group.values()] for key in metrics}
-        rows.append([name, str(len(group)), *(spread(key, values[key]) for key in metrics)])
+    for name, group, run in zip(titles, groups, firsts):
+        command = re.sub(r"(seed[ =-]?)\d+", r"\1N", run["command"])
+        lines.append(f"- {name}, seed {', '.join(map(str, group))}: `{command}`")
+        values = [[run["numbers"].get(key, math.nan) for run in group.values()] for key in metrics]
+        rows.append([name, str(len(group)), *map(spread, metrics, values)])
         if baseline:
-            known = {seed: run["numbers"].get(first, math.nan) for seed, run in groups[base].items()}
-            pairs = [value - known.get(seed, math.nan) for seed, value in zip(group, values[first])]
-            rows[-1].append("-" if name == base else spread(first, pairs, paired=True))
+            pairs = [value - base.get(seed, math.nan) for seed, value in zip(group, values[0])]
+            rows[-1].append("-" if group is groups[0] else spread(metrics[0], pairs, paired=True))
     for key in ("torch", "commit"):
-        lines.append(f"- {key}: {', '.join(dict.fromkeys(str(run['args'].get(key, 'unknown')) for run in runs))}")
+        lines.append(f"- {key}: {', '.join(dict.fromkeys(run[key] for run in runs))}")
     lines += ["", *(f"| {' | '.join(row)} |" for row in rows), *([""] if left_out else [])]
     return "\n".join(lines + [f"- left out: {reason}" for reason in left_out]) + "\n"
 
@@ -553,7 +485,7 @@ def main(argv=None):
     add = p.add_argument
     add("--data_root", help="where the data set is now (default: where it was)")
     add("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
-    add("--retrieval", choices=("cosine", "elk"), default="cosine",
+    add("--retrieval", choices=("cosine", "elk"),
         help="elk: Recall@k by the kernel of the embeddings' vMF distributions beside it (default: cosine)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--workers", type=common.not_negative(int), help="processes that load images (default: as in the run)")
@@ -566,16 +498,12 @@ def main(argv=None):
     add("--out", metavar="FILE.md", help="write the table there, too")
     add("--curves", metavar="FILE.png", help="draw Recall@1 by epoch")
     given = p.parse_args(argv)
-    if given.checkpoint and (given.baseline or given.metrics or given.out or given.curves):
-        p.error("--baseline, --metrics, --out and --curves belong to --compare")
-    if given.compare and (given.pictures or given.retrieval != "cosine" or given.data_root):
-        p.error("--pictures, --retrieval and --data_root belong to --checkpoint")
-    if given.compare and given.embeddings or given.images and not given.embeddings:
-        p.error("--images belongs to --embeddings, and that to --checkpoint")
-    if given.images and (given.pictures or given.retrieval != "cosine" or given.data_root):
+    for mode, options in (("checkpoint", ("data_root", "pictures", "retrieval", "embeddings")), ("embeddings", ("images",)),
+                          ("compare", ("baseline", "metrics", "out", "curves"))):
+        if alone := [f"--{option}" for option in options if getattr(given, option) and not getattr(given, mode)]:
+            p.error(f"{', '.join(alone)} without --{mode}")
+    if given.images and (given.pictures or given.retrieval or given.data_root):
         p.error("--images is not the data set: leave --data_root, --pictures and --retrieval out")
-    if given.embeddings and not Path(given.embeddings).absolute().parent.is_dir():
-        raise UserError(f"--embeddings {given.embeddings} would lie in a folder that does not exist: make it first")
     if given.compare:
         text = compare(given.compare, given.baseline, given.metrics or HEADLINE, given.curves)
         print(text)
@@ -587,7 +515,7 @@ def main(argv=None):
     changed = {key: value for key, value in vars(given).items() if value is not None}
     args = argparse.Namespace(**{**checkpoint["args"], **changed})
     device, folder = common.make_device(args.device), Path(given.checkpoint).parent
-    test = data.load_pictures(given.images) if given.images else common.load_splits(args)[2]
+    test = data.load_pictures(given.images) if given.images else data.load_splits(args)[2]
     embeddings = common.embed(common.build_network(args, checkpoint, device), test, args, device)
     if given.embeddings:
         paths = [str(i if isinstance(image, np.ndarray) else image) for i, image in enumerate(test.images)]
@@ -597,27 +525,23 @@ def main(argv=None):
         print(f"embeddings of {len(paths)} images written to {given.embeddings}")
     if given.images:
         return
-    ks = usual_ks(args.dataset)
+    ks = data.usual_ks(args.dataset)
     certainty, curve = uncertainty(embeddings, test.labels, test.ambiguity)
     metrics = {"epoch": checkpoint["epoch"], **all_metrics(embeddings, test.labels, ks), **certainty}
     if given.retrieval == "elk":
         import prob_dml
-
-        def kernel(queries, embeddings):
-            return prob_dml.SIMILARITIES["elk"](queries, embeddings, embeddings.norm(dim=1, keepdim=True), 1, "exact", None)
-        metrics.update({f"recall@{k} elk": v for k, v in recall_at_k(embeddings, test.labels, ks, kernel).items()})
-    print(table({Path(given.checkpoint).name: metrics}))
+        elk = recall_at_k(embeddings, test.labels, ks, lambda queries, others: prob_dml.product_kernel(
+            queries, others, others.norm(dim=1, keepdim=True), 1, "exact", None))
+        metrics.update({f"recall@{k} elk": value for k, value in elk.items()})
+    print(common.table({Path(given.checkpoint).name: metrics}))
     common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
     common.save_file(folder / "rejection.csv", common.csv_text([{"rejected": part, "error": error} for part, error in curve]))
     if given.pictures:
         shown = data.Images(test, data.test_transform(args.image_size, args.augment))
-
-        def image(i):                              # as the network sees it
-            return shown[i][0] / 255
-        save_retrieval(folder / "retrieval.png", image, embeddings, test.labels)
-        save_norm_extremes(folder / "norms.png", image, embeddings, test.labels)
+        for name, save in (("retrieval.png", save_retrieval), ("norms.png", save_norm_extremes)):
+            save(folder / name, lambda i: shown[i][0] / 255, embeddings, test.labels)           # as the network sees them
         print(f"pictures: {folder / 'retrieval.png'} (query, then its nearest; green right, red wrong), "
-              f"{folder / 'norms.png'} (a class a row, norms growing from left to right)")
+              f"{folder / 'norms.png'} (a class a row: lowest norms, then, with a dark border, highest)")
     print(f"numbers: {folder / 'metrics.json'}, {folder / 'rejection.csv'}")
 
 

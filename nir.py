@@ -11,6 +11,7 @@ In reading order: three proxy losses; the GLOW flow; the NIR term on top of a lo
     python nir.py --dataset cub200 --loss proxyanchor       the paper's run: ResNet50, a GPU
     python nir.py --dataset cub200 --nir_weight 0           its baseline, the proxy loss alone
 """
+import functools
 import math
 
 import common                                             # before torch: see data.py's first lines
@@ -19,8 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import full_precision
 from data import UserError
+
+
+def full_precision(function):
+    """Compute in float32 (or float64, if that comes in) whatever autocast or half precision surrounds the call."""
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        def full(a):
+            return a.float() if torch.is_tensor(a) and a.dtype in (torch.float16, torch.bfloat16) else a
+        device = next(a.device.type for a in (*args, *kwargs.values()) if torch.is_tensor(a))
+        with torch.autocast(device, enabled=False):
+            return function(*map(full, args), **{name: full(a) for name, a in kwargs.items()})
+    return wrapped
+
 
 # ------------------------------------------------------------------------------------------------- the proxy losses
 # Each holds one learnable proxy per class (SoftTriple: several), forward(embeddings (B, D), labels (B,)) -> scalar.
@@ -275,7 +288,7 @@ def main(argv=None):
     presets.update({"--nir_weight 0": BASELINE, "scratch": {**SCRATCH, **SCRATCH_NIR},
                     "toy": {**SCRATCH, **SCRATCH_TOY}})
     p = common.parser(__doc__.split("\n\n")[0], "presets: data set/D of the paper's runs; scratch is "
-                      "--weights none; proxy_lr and flow_lr are multiples of --lr\n" + common.preset_table(presets))
+                      "--weights none; proxy_lr and flow_lr are multiples of --lr\n" + common.aligned(presets))
     add = p.add_argument_group("proxy loss and NIR").add_argument
     add("--loss", choices=LOSSES, default="proxyanchor", help="default: proxyanchor")
     add("--nir_form", choices=("nll", "exp"), help="nll: the paper's; exp: the released code's (default: by preset)")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import nir
-from common import full_precision
 from data import UserError
+from nir import full_precision
 
 # Throughout: e (B, D) embeddings as the network gives them, z = e / ||e||, S_ij = z_i . z_j, d_ij = ||z_i - z_j||,
 # P_i the other images of i's class in the batch, N_i the images of other classes, [x]+ = max(x, 0).
@@ -426,7 +426,7 @@ def main(argv=None):
              for i, (column, row) in enumerate(PRESETS.items())}
     table["scratch"] |= {f"lr {loss}": lr for loss, lr in SCRATCH_LR.items()}
     p = common.parser(__doc__.split("\n\n")[0], "presets: paper is Revisiting Training Strategies, scratch --weights "
-                      "none;\nloss_lr is a multiple of --lr\n" + common.preset_table(table))
+                      "none;\nloss_lr is a multiple of --lr\n" + common.aligned(table))
     add = p.add_argument_group("loss and miner").add_argument
     add("--loss", choices=LOSSES, default="margin", help="default: margin")
     add("--miner", choices=MINERS, help="of triplets for triplet and margin (default: distance)")

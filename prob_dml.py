@@ -380,7 +380,7 @@ class ProbabilisticProxies(nn.Module):
             first = self.length * (math.sqrt(2 * dim / (num_classes + dim)) if metric == "l2" else 1)
             self.concentrations = nn.Parameter(torch.full((num_classes, dim if proxy == "nivmf" else 1), first))
 
-    @common.full_precision
+    @nir.full_precision
     def similarity(self, embeddings, generator=None):
         """Similarity of the embeddings (B, D) and every class: (B, C)."""
         if embeddings.dim() != 2 or embeddings.shape[1] != self.proxies.shape[1]:
@@ -520,7 +520,7 @@ def main(argv=None):
     scratch = {"elk": SCRATCH, **{f"..{'/'.join(cell)}": row for cell, row in SCRATCHES.items()}}
     p = common.parser(__doc__.split("\n\n")[0], "presets of the papers' runs: elk with nivmf proxies by data set/D (others: as "
                       "CUB), then the ablation's other cells;\n..metric: only what differs; *_lr are multiples of --lr\n" +
-                      common.preset_table(papers) + "\n\npresets from scratch (--weights none, toy)\n" + common.preset_table(scratch))
+                      common.aligned(papers) + "\n\npresets from scratch (--weights none, toy)\n" + common.aligned(scratch))
     add = p.add_argument_group("EL-nivMF").add_argument
     add("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
     add("--proxy", choices=("nivmf", "vmf"), help="default: nivmf, for cosine and l2, which know no concentration, vmf")

@@ -148,7 +148,7 @@ def make_features(args, train, test, views, folder="runs/features"):
 def use_features(views):
     """From here on `common.train` finds features where it looks for images: the central crop's where the transform is
     the test's, else one of the views, by the item's seed."""
-    load_splits, table = common.load_splits, {}
+    load_splits, table = data.load_splits, {}
 
     class Features(data.Images):
         def __getitem__(self, item):
@@ -173,7 +173,7 @@ def use_features(views):
         return load_splits(args)
 
     real = data.Images
-    common.load_splits = with_features
+    data.load_splits = with_features
 
 
 def main():

@@ -414,7 +414,7 @@ def test_negative_noise_and_proxy_weight_are_named(capsys):
     for option in ("--nir_noise", "--proxy_weight"):
         with pytest.raises(SystemExit):
             nir.main(["--dataset", "toy", option, "-1", "--device", "none"])
-        assert f"{option}: -1 is negative" in capsys.readouterr().err
+        assert f"{option}: -1 is not at least 0" in capsys.readouterr().err
 
 
 def test_help_shows_toys_own_noise(capsys):

@@ -677,7 +677,7 @@ def test_the_command_line_chooses_loss_miner_and_boundary(monkeypatch):
     (["--loss", "arcface", "--miner", "random"], "--miner random means nothing to --loss arcface"),
     (["--loss", "triplet", "--beta", "class"], "--beta class means nothing to --loss triplet, only to margin: leave it out"),
     (["--loss", "lifted", "--loss_lr", "2"], "--loss_lr 2.0 means nothing to --loss lifted"),
-    (["--loss_lr", "0"], "0 is not above zero"), (["--beta", "image"], "invalid choice: 'image'"),
+    (["--loss_lr", "0"], "0 is not above 0"), (["--beta", "image"], "invalid choice: 'image'"),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,7 @@ def trained(tmp_path, monkeypatch):
         for i in range(4):
             torchvision.utils.save_image(torch.rand(3, 40, 40), tmp_path / f"photos/{c}/{i}.png")
     monkeypatch.chdir(tmp_path)
-    for module, name in ((common, "load_splits"), (data, "Images")):                    # put back afterwards
+    for module, name in ((data, "load_splits"), (data, "Images")):                    # put back afterwards
         monkeypatch.setattr(module, name, getattr(module, name))
     argv = ["pretrained.py", "nir.py", "--views", "3", "--dataset", "folder", "--data_root", "photos", "--weights", "weights.pth",
             "--image_size", "64", "--embed_dim", "8", "--epochs", "2", "--workers", "0", "--device", "cpu", "--out", "run"]
@@ -78,7 +78,7 @@ def test_a_run_tells_how_to_repeat_and_how_to_show_it(trained):
 
 
 def test_weights_and_clean_images_are_asked_for(tmp_path, monkeypatch):
-    for module, name in ((common, "load_splits"), (data, "Images")):
+    for module, name in ((data, "load_splits"), (data, "Images")):
         monkeypatch.setattr(module, name, getattr(module, name))
     for more in (["--dataset", "toy", "--weights", "x.pth"], ["--dataset", "folder", "--weights", "x.pth", "--corrupt"],
                  ["--arch", "conv4"], ["--dataset", "folder"]):

@@ -879,7 +879,7 @@ def test_a_run_starts_as_the_authors_did(metric, proxy):
 def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):
     for argv, message in ((["--metric", "cosine", "--proxy", "nivmf"], "metric cosine knows no concentration"),
                           (["--proxy", "vmf", "--form", "released"], "vMF proxies have one form"),
-                          (["--guidance_weight", "-1"], "--guidance_weight: -1 is negative")):
+                          (["--guidance_weight", "-1"], "--guidance_weight: -1 is not at least 0")):
         with pytest.raises(SystemExit) as caught:
             common.command(lambda: prob_dml.main(["--dataset", "toy", "--device", "cpu", *argv]))
         assert caught.value.code == 2 and message in capsys.readouterr().err
