@@ -1,8 +1,8 @@
 """How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
 
 In reading order: retrieval, clustering, structure, uncertainty (what the norm knows), pictures, the comparison of
-finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford
-Online Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
+finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford Online
+Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
     python evaluate.py --checkpoint runs/NAME/best.pt --embeddings photos.npz --images my_photos
@@ -383,7 +383,7 @@ def read_run(folder):
     as COLUMN@EPOCH; of equal names the first counts: recall@1 and test_recall@1 are whole names."""
     try:
         args, results = (json.loads((folder / file).read_text()) for file in ("args.json", "results.json"))
-        log = [{name: float(value) for name, value in row.items()}
+        log = [{column: float(value) for column, value in row.items()}
                for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
         # One's own photographs are told apart by their folder's name.
         dataset = args["dataset"] if args["dataset"] != "folder" else f"folder {Path(args['data_root']).name}"
@@ -391,8 +391,8 @@ def read_run(folder):
         return {"folder": folder, "name": name, **{key: args[key] for key in ("seed", "command", "torch", "commit")},
                 "settings": {key: value for key, value in args.items() if key not in CIRCUMSTANCES and value is not None},
                 "kind": f"{dataset}, {args['epochs']} epochs, val_fraction {args['val_fraction']}",
-                "numbers": {**{f"{name}@{row['epoch']:.0f}": row[name] for row in log for name in row}, **log[-1],
-                            **{name: float(value) for name, value in results["last"].items()}},
+                "numbers": {**{f"{column}@{row['epoch']:.0f}": row[column] for row in log for column in row}, **log[-1],
+                            **{metric: float(value) for metric, value in results["last"].items()}},
                 "curve": [100 * row.get("val_recall@1", row.get("test_recall@1", math.nan)) for row in log]}
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"missing or unfinished: no {Path(error.filename).name}") from None
