@@ -140,9 +140,9 @@ def load_cars196(root):
                     for path, label in read_mat(file, "annotations", "fname")[0]]
             break
     else:
-        raise UserError(f"Cars196 was not found in {root}, and its official address is dead: put either car_ims.tgz and cars_annos.mat "
-                        "there, or the folders devkit/, cars_train/, cars_test/ and the file cars_test_annos_withlabels.mat (both "
-                        "are in circulation as 'Stanford Cars')")
+        raise UserError(f"Cars196 was not found in {root}, and its official address is dead: put there either car_ims.tgz and "
+                        "cars_annos.mat, or the folders devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat "
+                        "(both are in circulation as 'Stanford Cars')")
     return halves(Split([base / path for path, _ in rows], torch.tensor([label - 1 for _, label in rows]), names))
 
 

@@ -183,19 +183,19 @@ def clustering(embeddings, labels, seed=0):
 # ------------------------------------------------------------------------------------------------------ structure
 
 def uniformity(embeddings):
-    """G2 = log mean_{i != j} exp(-2 ||x_i - x_j||^2), at most 0, of (N, D) embeddings as given (Wang and Isola 2020).
+    """G2 = log mean_{i<j} exp(-2 ||x_i - x_j||^2), at most 0, of (N, D) embeddings as given (Wang and Isola 2020).
 
     The lower, the more evenly the embeddings fill the sphere; 0 means that all of them are one point.
     """
     x = check(embeddings)
     x = x - x.mean(0)                              # distances stay, and their expansion loses fewer digits
-    square, rows = x.square().sum(1), []
-    chunks = torch.arange(len(x), device=x.device).split(max(1, CHUNK // len(x)))
-    for own in progress(chunks, len(chunks), "uniformity: rows"):
-        energy = torch.addmm(square, x[own], x.T, alpha=-2).add_(square[own].unsqueeze(1)).clamp_(min=0).mul_(-2)
-        energy.scatter_(1, own.unsqueeze(1), -math.inf)                                             # (B, N), not i = j
+    square, size, rows = x.square().sum(1), max(1, CHUNK // len(x)), []
+    for start in progress(range(0, len(x), size), math.ceil(len(x) / size), "uniformity: rows"):
+        own = slice(start, start + size)
+        energy = torch.addmm(square[start:], x[own], x[start:].T, alpha=-2).add_(square[own, None]).clamp_(min=0).mul_(-2)
+        energy[:, :len(energy)] += torch.full([len(energy)] * 2, -math.inf, device=x.device).tril()  # (B, N - start): i < j
         rows.append(energy.logsumexp(1).double())  # logarithms: distant points would underflow to log 0
-    return torch.cat(rows).logsumexp(0).item() - math.log(len(x) * (len(x) - 1))
+    return torch.cat(rows).logsumexp(0).item() - math.log(len(x) * (len(x) - 1) / 2)
 
 
 def spectral_decay(embeddings):
@@ -397,7 +397,7 @@ def read_run(folder):
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"missing or unfinished: no {Path(error.filename).name}") from None
     except Exception as error:                     # whatever becomes of files that somebody has changed
-        raise UserError(f"broken: {type(error).__name__}: {error}") from None
+        raise UserError(f"args.json, results.json or log.csv is broken: {type(error).__name__}: {error}") from None
 
 
 def spread(name, values, paired=False):
@@ -411,10 +411,10 @@ def spread(name, values, paired=False):
     factor, digits, few = (1, ".2g", ".2g") if tiny else (100, ".1f", ".1f") if fraction else (1, ".4g", ".2g")
     mean, text = factor * np.mean(known), ""
     if len(known) > 1:
-        half = factor * scipy.stats.t.ppf(0.975, len(known) - 1) * scipy.stats.sem(known)
-        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {factor * np.std(known, ddof=1):{few}}"
-    text += " %" * (factor == 100) + f" (n = {len(known)})" * (len(known) < len(values))
-    return f"{mean:{'+' * paired}{digits}}{text}"
+        error = factor * scipy.stats.sem(known)
+        half = error * scipy.stats.t.ppf(0.975, len(known) - 1)
+        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {error * len(known) ** 0.5:{few}}"
+    return f"{mean:{'+' * paired}{digits}}{text}" + " %" * (factor == 100) + f" (n = {len(known)})" * (len(known) < len(values))
 
 
 def compare(folders, baseline=None, metrics=HEADLINE, curves=None):

@@ -131,7 +131,7 @@ def test_cars_archives_that_a_user_brings_are_both_checked_and_unpacked_once(tmp
 
 
 def test_missing_cars_says_what_to_fetch_and_where_to_put_it(tmp_path):
-    with pytest.raises(UserError, match=r"put either car_ims.tgz and cars_annos.mat there"):
+    with pytest.raises(UserError, match=r"put there either car_ims.tgz and cars_annos.mat"):
         data.load("cars196", tmp_path)
 
 

@@ -755,13 +755,13 @@ def test_missing_unfinished_unlike_broken_and_doubled_runs_are_named_and_left_ou
         finished_run(tmp_path / "birds", 2, dataset="cub200"): "unlike: cub200, 3",
         finished_run(tmp_path / "held", 2, val_fraction=0.5): "unlike: toy, 3 epochs, val_fraction 0.5",
         finished_run(tmp_path / "twin", 1, 0.9): f"same seed as {good[1]}",
-        broken("json", "args.json", "{"): "broken: JSONDecodeError", broken("list", "args.json", "[1]"): "broken: TypeError",
-        broken("old", "args.json", "{}"): "broken: KeyError: 'dataset'",
-        broken("csv", "log.csv", "epoch,seconds\n1,fast\n"): "broken: ValueError: could not convert string to float: 'fast'",
-        broken("cut", "log.csv", "epoch,seconds\n1,2\n2\n3,4\n"): "broken: TypeError",
-        broken("nothing", "log.csv", ""): "broken: IndexError",
-        broken("null", "results.json", '{"last": {"recall@1": null}}'): "broken: TypeError",
-        broken("bytes", "results.json", "[]"): "broken: TypeError"}
+        **{broken(name, file, text): f"args.json, results.json or log.csv is broken: {error}" for name, file, text, error in (
+            ("json", "args.json", "{", "JSONDecodeError"), ("list", "args.json", "[1]", "TypeError"),
+            ("old", "args.json", "{}", "KeyError: 'dataset'"),
+            ("csv", "log.csv", "epoch,seconds\n1,fast\n", "ValueError: could not convert string to float: 'fast'"),
+            ("cut", "log.csv", "epoch,seconds\n1,2\n2\n3,4\n", "TypeError"), ("nothing", "log.csv", "", "IndexError"),
+            ("null", "results.json", '{"last": {"recall@1": null}}', "TypeError"),
+            ("bytes", "results.json", "[]", "TypeError"))}}
     log = finished_run(tmp_path / "no log", 5) / "log.csv"
     log.unlink()
     reasons[log.parent] = "missing or unfinished: no log.csv"
