@@ -266,8 +266,10 @@ def test_hidden_class_folders_are_left_out_and_a_folder_named_as_a_picture_is_no
     for name in (".thumbnails/0.png", "a/0.png", "a/1.png", "b/0.png"):
         picture(tmp_path / name)
     (tmp_path / "a/album.png").mkdir()
-    train, test = data.load("folder", tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        train, test = data.load("folder", tmp_path)
     assert (train.class_names, test.class_names, len(train.images)) == (["a"], ["b"], 2)
+    assert not [warning for warning in caught if ".thumbnails" in str(warning.message)]          # nor does it "hold no image"
 
 
 def test_folders_and_archives_in_the_other_documented_places(tmp_path):
