@@ -1,4 +1,5 @@
 """Readers on miniature trees in each official layout and on real data; downloads from a local server; batches."""
+import argparse
 import hashlib
 import http.server
 import io
@@ -704,6 +705,11 @@ def test_test_images_have_the_papers_ratio_at_any_size_and_light_ones_are_whole(
 
 def test_papers_report_stanford_online_products_at_1_10_100_1000():
     assert data.usual_ks("sop") == (1, 10, 100, 1000) and data.usual_ks("cub200") == (1, 2, 4, 8)
+
+
+def test_a_run_holds_out_the_fraction_of_its_classes_that_it_names():
+    args = argparse.Namespace(dataset="toy", data_root=None, corrupt=False, val_fraction=0.2)
+    assert [len(split.class_names) for split in data.load_splits(args)] == [80, 20, 100]
 
 
 def test_two_classes_at_least_are_held_out():
