@@ -249,6 +249,11 @@ def test_uniformity_survives_a_large_common_offset_in_float32():
     assert evaluate.uniformity(x) == pytest.approx(evaluate.uniformity(x.double()), rel=1e-4)
 
 
+def test_uniformity_of_copies_far_apart_is_the_share_of_pairs_that_coincide():
+    x = (300 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))).repeat(5, 1)             # rounding: +-0.1
+    assert evaluate.uniformity(x) <= math.log(4 * 10 / 190) + 1e-6
+
+
 def test_uniformity_of_two_antipodes():
     assert evaluate.uniformity(torch.tensor([[1.0, 0], [-1, 0]])) == pytest.approx(-8)
 
@@ -503,12 +508,15 @@ def test_a_norm_that_knows_everything_and_one_that_knows_nothing():
     assert math.isnan(evaluate.uncertainty(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))[0]["norm_auroc"])
 
 
-def test_recall_ranks_by_whatever_similarity_it_is_given():
+def test_recall_ranks_by_whatever_similarity_it_is_given(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(evaluate, "CHUNK", 40 * 16)
     embeddings, labels = torch.randn(40, 3), torch.arange(40) % 8
     euclidean = torch.cdist(embeddings, embeddings) + 99 * torch.eye(40)
     expected = (labels[euclidean.argmin(1)] == labels).double().mean().item()
-    assert evaluate.recall_at_k(embeddings, labels, [1], lambda a, b: -torch.cdist(a, b))[1] == pytest.approx(expected)
+    sizes = []
+    recall = evaluate.recall_at_k(embeddings, labels, [1], lambda a, b: sizes.append(a.shape[0]) or -torch.cdist(a, b))[1]
+    assert recall == pytest.approx(expected) and max(sizes) == 2          # an eighth of a chunk: it needs room to compute
 
 
 def test_the_picture_of_distributions_shows_what_falls_with_the_norm(tmp_path):
@@ -820,7 +828,7 @@ def test_a_checkpoint_and_a_comparison_exclude_each_other_and_one_is_needed(opti
 
 
 def test_curves_show_each_seed_thin_the_mean_thick_axes_and_a_legend(tmp_path):
-    curves = {"a": [[10.0, 20.0, 30.0], [30.0, 40.0, 50.0]], "b": [[50.0, 50.0]]}
+    curves = {"a": [[11.0, 20.0, 30.0], [30.0, 40.0, 51.0]], "b": [[50.0, 50.0]]}
     evaluate.save_curves(tmp_path / "curves.png", curves)
     picture = to_tensor(Image.open(tmp_path / "curves.png"))
     assert picture.shape == (3, 420, 720) and (tmp_path / "curves.png").stat().st_size < 100_000
@@ -830,7 +838,7 @@ def test_curves_show_each_seed_thin_the_mean_thick_axes_and_a_legend(tmp_path):
         return int(((region - rgb).abs().amax(0) < 0.1).sum())
     first, second = evaluate.COLOURS[:2]
     assert amount(first) > 1000 and amount(second) > 500
-    # From epoch 1 at the left (values 10 to 55 from the bottom to the top): mean 20 -> 40 in three pixels, seeds in about one.
+    # From epoch 1 at the left, multiples of 5 (10 at the bottom to 55 at the top): mean 20.5 -> 40.5 in three pixels, seeds in about one.
     column = picture[:, :376, 62 + 322]                          # epoch 2, at the middle of the axis: 20, 30 (mean), 40
     ink = (1 - column[0]) / (1 - int(first[1:3], 16) / 255)       # 1 where a pixel is all of that colour
     thick = [float(ink[y - 4:y + 5].sum()) for y in (376 - round(362 * (v - 10) / 45) for v in (30, 20, 40))]
@@ -838,6 +846,14 @@ def test_curves_show_each_seed_thin_the_mean_thick_axes_and_a_legend(tmp_path):
     assert amount("#000000", picture[:, :, :62]) > 30 and amount("#000000", picture[:, 380:]) > 30         # numbers of the axes
     assert amount(first, picture[:, 330:376, 600:]) > 10 and amount(second, picture[:, 330:376, 600:]) > 10   # the legend
     evaluate.save_curves(tmp_path / "one.png", {"a": [[3.0]]})                                             # one epoch makes no line
+
+
+def test_curves_of_many_epochs_and_groups_keep_their_numbers_apart(tmp_path):
+    evaluate.save_curves(tmp_path / "curves.png", {f"run{i}": [[float(10 * i)] * 300] for i in range(11)})
+    picture = to_tensor(Image.open(tmp_path / "curves.png"))
+    assert (picture[:, 384:400, 62:].amin((0, 1)) < 0.5).float().mean() < 0.5             # columns with ink below the axis
+    shown = [picture[:, 376 - round(362 * y / 104), 300] for y in (0, 100)]                # 0 to 104 in steps of 13
+    assert torch.equal(*shown) and shown[0].std() > 0.1                                   # the eleventh as the first
 
 
 def test_compare_draws_the_curves_of_its_groups(tmp_path):

@@ -420,5 +420,5 @@ def test_negative_noise_and_proxy_weight_are_named(capsys):
 def test_help_shows_toys_own_noise(capsys):
     with pytest.raises(SystemExit):
         nir.main(["--help"])
-    row, = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["nir_noise"]]
-    assert row[-2:] == ["0.0", "0.1"]                                                              # scratch, toy
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert rows["nir_noise"][-2:] == ["0.0", "0.1"] and "[140,230]" in rows["lr_steps"]             # scratch, toy; a cell each
