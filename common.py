@@ -72,15 +72,13 @@ class Network(nn.Module):
     def __init__(self, arch, embed_dim, image_size=224, pooling="average", freeze_norm=False):
         super().__init__()
         if arch not in BACKBONES:
-            raise UserError(f"--arch {arch} is not known here: choose {', '.join(BACKBONES)}, or register one's own in "
-                            "common.BACKBONES")
+            raise UserError(f"--arch {arch} is not known here: choose {', '.join(BACKBONES)}, or add it to common.BACKBONES")
         self.freeze_norm, self.precision = freeze_norm, "float32"
         self.backbone, width, *statistics = BACKBONES[arch](image_size)
         mean, deviation = statistics or (data.MEAN, data.DEVIATION)
         if pooling == "double":
             if not hasattr(self.backbone, "avgpool"):
-                raise UserError(f"--pooling double needs a backbone with a layer `avgpool`, which {arch} has not: leave "
-                                "it out")
+                raise UserError(f"--pooling double needs a backbone with a layer `avgpool`, which {arch} has not: leave it out")
             self.backbone.avgpool = AverageAndMaximum()
         # Not part of a checkpoint: they follow from the backbone's name.
         for name, values in (("mean", mean), ("deviation", deviation)):
@@ -135,32 +133,35 @@ def load_file(path, option):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a file of other content makes the unpickler fail in any way whatever
-        reason = ("does not exist" if isinstance(error, FileNotFoundError) else "is not a checkpoint, or holds more than "
-                  f"tensors and plain values ({type(error).__name__})")
+        reason = {FileNotFoundError: "does not exist", IsADirectoryError: "is a folder"}.get(
+            type(error), f"is not a checkpoint, or holds more than tensors and plain values ({type(error).__name__})")
         raise UserError(f"{option} {path} {reason}: give another file") from None
 
 
 def save_file(path, content):
     """Write a text, a checkpoint or what `content(file)` writes; its folder is made where it is missing. A kill at any time
-    leaves the old file or the new."""
+    leaves the old file or the new, a failure no half-written one."""
     part = Path(f"{path}.part")
     if processes()[0]:
         return
-    with data.clear_errors(f"writing {path}", "make room, or give another folder"):
+    with data.clear_errors(f"writing {path}", "make room, or give another path"):
         part.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            with open(part, "wb") as file:
-                content(file)
-        else:
-            part.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, part)
-        os.replace(part, path)
+        try:
+            if callable(content):
+                with open(part, "wb") as file:
+                    content(file)
+            else:
+                part.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
 def parser(description, epilog):
     """The options that all scripts share. A default of None is filled in by the preset of the data set."""
-    p = argparse.ArgumentParser(None, None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(None, "%(prog)s ...", description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, default="cub200", help="default: cub200; toy is built in")
     add("--data_root", default="data", help="folder that holds, or receives, the data set (default: data)")
@@ -438,8 +439,8 @@ def train(args, criterion, name, setup=None):
             scheduler.load_state_dict(checkpoint["scheduler"])
             history, best, first = checkpoint["history"], checkpoint["best"], checkpoint["epoch"]
         except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"--resume {args.resume} does not fit this data set and loss "
-                            f"({str(error).splitlines()[0]}): resume from the last.pt of the same run") from None
+            raise UserError(f"--resume {args.resume} is not the last.pt of a run with this data set and loss "
+                            f"({type(error).__name__}: {str(error).splitlines()[-1].strip()[:80]}): resume from that") from None
     elif setup:
         setup(criterion, network, train_split, args, device)
 
@@ -514,8 +515,7 @@ def run_folder(args, name):
     rank, world = processes()
     out = Path(args.out or f"runs/{name}")
     if args.out and not args.resume and (out / "last.pt").exists():
-        raise UserError(f"--out {out} already holds a run: resume it with --resume {out / 'last.pt'}, "
-                        "or give another folder")
+        raise UserError(f"--out {out} already holds a run: resume it with --resume {out / 'last.pt'}, or give another folder")
     with data.clear_errors(f"making the folder {out}", "give another one with --out"):
         if args.out:
             out.mkdir(parents=True, exist_ok=True)

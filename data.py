@@ -74,12 +74,12 @@ def class_range(split, first, last):
     return Split([split.images[i] for i in chosen], split.labels[chosen] - first, split.class_names[first:last], *known)
 
 
-def halves(split):
+def halves(split, root):
     """Split by class: the first half of the classes listed trains, the second half tests (the field's protocol)."""
     number = len(split.class_names)
     if number < 2:
-        raise UserError(f"{number} class(es) found, but training and test need at least one each: give at least two classes, "
-                        "of one's own photographs a sub-folder of --data_root each")
+        raise UserError(f"{root} holds {number} class(es), but training and test need at least one each: give the folder that "
+                        "holds a sub-folder for each class")
     return class_range(split, 0, number // 2), class_range(split, number // 2, number)
 
 
@@ -113,7 +113,7 @@ def load_cub200(root):
         labels = [label_of[class_of[image_id]] for image_id, _ in rows]
     except KeyError as error:
         raise UserError(f"{base} has no class for the id {error} of images.txt: unpack the archive again") from None
-    return halves(Split([base / "images" / path for _, path in rows], torch.tensor(labels), [name for _, name in names]))
+    return halves(Split([base / "images" / path for _, path in rows], torch.tensor(labels), [name for _, name in names]), base)
 
 
 def load_cars196(root):
@@ -143,7 +143,7 @@ def load_cars196(root):
         raise UserError(f"Cars196 was not found in {root}, and its official address is dead: put there either car_ims.tgz and "
                         "cars_annos.mat, or the folders devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat "
                         "(both are in circulation as 'Stanford Cars')")
-    return halves(Split([base / path for path, _ in rows], torch.tensor([label - 1 for _, label in rows]), names))
+    return halves(Split([base / path for path, _ in rows], torch.tensor([label - 1 for _, label in rows]), names), base)
 
 
 def read_mat(path, variable=None, file_field=None, names_variable=None):
@@ -190,12 +190,12 @@ def load_pictures(folder):
 def load_folder(root):
     """One's own photographs, one sub-folder per class: the first half of the sorted class folders trains."""
     if not Path(root).is_dir():
-        raise UserError(f"the folder {root} does not exist: give --data_root the folder that holds one sub-folder per class")
+        raise UserError(f"{root} is no folder: give --data_root the folder that holds a sub-folder for each class")
     split = load_pictures(root)
     for folder in sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith(".")):
         if folder.name not in split.class_names:
             warnings.warn(f"{folder} holds no image and is left out")
-    return halves(class_range(split, split.class_names.count(""), len(split.class_names)))          # "": in no sub-folder
+    return halves(class_range(split, split.class_names.count(""), len(split.class_names)), root)    # "": in no sub-folder
 
 
 # Published number of training and test images: fewer means a subset, and its numbers compare with nobody else's.
@@ -216,8 +216,7 @@ def load(name, root):
     if name == "toy":
         return load_toy()
     splits = LOADERS[name](root)
-    missing = [path for split in splits for path in split.images if not os.path.exists(path)]
-    if missing:
+    if missing := [path for split in splits for path in split.images if not os.path.exists(path)]:
         raise UserError(f"{len(missing)} listed images are missing, the first is {missing[0]}: unpack the data again")
     counts = tuple(len(split.images) for split in splits)
     if name in PUBLISHED and counts != PUBLISHED[name]:
@@ -248,15 +247,17 @@ def load_splits(args):
     """(training, validation or None, test) Splits of a run."""
     rank, world = processes()
     if rank:
-        dist.barrier()                      # rank 0 comes first: it may have to download
+        with clear_errors("waiting for the first process", "its own message says why"):
+            dist.barrier()                  # rank 0 comes first: it may have to download
     train, test = load(args.dataset, args.data_root)
     if world > 1 and not rank:
         dist.barrier()
     if args.corrupt:
         train, test = corrupted(train, seed=1), corrupted(test, seed=2)
-    if args.val_fraction:
-        return (*hold_out(train, args.val_fraction), test)
-    return train, None, test
+    train, val = hold_out(train, args.val_fraction) if args.val_fraction else (train, None)
+    if any(split.labels.bincount().max() < 2 for split in (val, test) if split):       # not only after an epoch's training
+        raise UserError(f"no test or validation class of {args.data_root} has two images, so none can be found: add images")
+    return train, val, test
 
 
 # ------------------------------------------------------------------------------------------------------ downloads
@@ -396,7 +397,7 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
     blur = blur / blur.sum(2, keepdim=True)
     ink = blur @ ink @ blur.mT + 0.05 * torch.randn(n, size, size, generator=rng)
     images = (255 * (1 - ink.clamp(0, 1))).to(torch.uint8).numpy()                                # dark on white
-    return halves(Split(list(images), labels, [f"character{c:03d}" for c in range(classes)], ambiguity))
+    return halves(Split(list(images), labels, [f"character{c:03d}" for c in range(classes)], ambiguity), "toy")
 
 
 # ---------------------------------------------------------------------------------------------- images and batches

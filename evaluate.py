@@ -478,15 +478,14 @@ def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
 
 def main(argv=None):
     import common                                  # here, not above: common's training loop uses this file's metrics
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = argparse.ArgumentParser(None, "%(prog)s (--checkpoint FILE | --compare RUN ...) [options]", __doc__.split("\n\n")[0])
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="best.pt or last.pt of a run; its settings are used")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="folders of finished runs: a table over their seeds")
     add = p.add_argument
     add("--data_root", help="where the data set is now (default: where it was)")
     add("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
-    add("--retrieval", choices=("cosine", "elk"),
-        help="elk: Recall@k by the kernel of the embeddings' vMF distributions beside it (default: cosine)")
+    add("--retrieval", choices=("cosine", "elk"), help="elk: also Recall@k by the ELK of the images' vMFs (default: cosine)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--workers", type=common.not_negative(int), help="processes that load images (default: as in the run)")
     add("--embeddings", metavar="FILE.npz", help="write the test images' embeddings, labels, class_names, paths, norms")
@@ -509,7 +508,8 @@ def main(argv=None):
         print(text)
         if given.out:
             common.save_file(given.out, text)
-            print(f"table written to {given.out}")
+        for file in filter(None, (given.out, given.curves)):
+            print(f"{file} written")
         return
     checkpoint = common.load_checkpoint(given.checkpoint, "--checkpoint")
     changed = {key: value for key, value in vars(given).items() if value is not None}

@@ -384,6 +384,10 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         common.save_file(tmp_path / "a.pt", {"x": 2})
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="writing .*folder failed .*give another path"):
+        common.save_file(tmp_path / "folder", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "folder"]                 # no half files
 
 
 def test_a_loss_that_is_not_finite_names_epoch_step_and_term_and_keeps_the_checkpoint(photos, tmp_path, monkeypatch):
@@ -531,7 +535,7 @@ def test_a_stopped_run_with_a_warm_start_goes_on_without_another(photos, tmp_pat
     prob_dml.main(["--resume", str(tmp_path / "cut/last.pt"), "--workers", "1", "--device", "cpu"])
     assert_same(torch.load(tmp_path / "cut/last.pt", weights_only=True), whole)
     assert len(calls) == 2 and (tmp_path / "cut/args.json").read_text() == made
-    with pytest.raises(UserError, match="does not fit .* resume from the last.pt"):
+    with pytest.raises(UserError, match="best.pt is not the last.pt of a run .*KeyError: .optimizer.*: resume from that"):
         prob_dml.main(["--resume", str(tmp_path / "cut/best.pt")])
 
 
@@ -592,9 +596,10 @@ class Code:
     (["--image_size", "8"], "--image_size 8 is too small"),
     (["--dataset", "toy", "--batch_size", "7"], "--batch_size 7 is not a multiple of 2"),
     (["--dataset", "toy", "--batch_size", "900"], "--batch_size 900 is more than 2000 images of 100 training classes allow: use at most 500"),
-    (["--dataset", "folder", "--data_root", "nowhere", "--arch", "conv4"], "the folder nowhere does not exist"),
+    (["--dataset", "folder", "--data_root", "nowhere", "--arch", "conv4"], "error: nowhere is no folder"),
     (["--dataset", "cars196", "--data_root", ".", "--arch", "conv4"], "official address is dead"),
-    (["--resume", "nothing.pt"], "--resume nothing.pt does not exist"),
+    (["--resume", "nothing.pt"], "--resume nothing.pt does not exist"), (["--resume", "."], "--resume . is a folder"),
+    (["--nirweight", "0"], "unrecognized arguments: --nirweight 0"),
     (["--dataset", "toy", "--out", "/proc/nothing"], "give another"),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkeypatch, tmp_path):
@@ -603,6 +608,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkey
         common.command(lambda: nir.main(argv))
     error = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and message in error[-1] and error[-1].count("error: ") == 1
+    assert error[:-1] in ([], [f"usage: {Path(sys.argv[0]).name} ..."])
 
 
 def test_a_broken_image_ends_a_run_with_its_name_also_from_a_worker_process(photos, tmp_path):
@@ -673,7 +679,7 @@ def test_resuming_on_other_data_is_refused(trained, photos, tmp_path):
     saved = torch.load(trained / "last.pt", weights_only=True)
     saved["args"]["batch_size"] = 6
     torch.save(saved, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="does not fit this data set and loss"):
+    with pytest.raises(UserError, match="not the last.pt of a run with this data set and loss .RuntimeError: size mismatch"):
         nir.main(["--resume", str(tmp_path / "last.pt"), "--data_root", str(tmp_path)])
 
 
@@ -833,6 +839,30 @@ def test_two_processes_train_what_one_does(photos, tmp_path):
     saved = json.loads((free / "results.json").read_text())["last"]
     assert len(list(free.parent.iterdir())) == 2
     assert history[-1]["test_recall@1"] == saved["recall@1"]
+
+
+def test_what_ends_the_first_process_is_told_by_that_alone(monkeypatch):
+    def cut():
+        raise RuntimeError("Connection closed by peer\nand where in C++")
+    monkeypatch.setattr(data, "processes", lambda: (1, 2))
+    monkeypatch.setattr(data.dist, "barrier", cut)
+    with pytest.raises(UserError, match="waiting for the first process failed .Connection closed by peer.; its own message says why"):
+        data.load_splits(None)
+
+
+@pytest.mark.filterwarnings("ignore:.*training class.es. have one image")
+def test_classes_of_one_image_are_refused_before_the_training(tmp_path, monkeypatch):
+    for c in range(8):
+        for i in range(2 if c < 2 else 1):                             # 2 classes train, with 0.5 two validate, 4 test
+            (tmp_path / f"data/{c}").mkdir(parents=True, exist_ok=True)
+            torchvision.utils.save_image(torch.rand(3, 20, 20), tmp_path / f"data/{c}/{i}.png")
+    monkeypatch.setattr(common, "run_folder", lambda *_: pytest.fail("the run has begun"))
+    with pytest.raises(UserError, match="no test or validation class of .*data has two images"):
+        train(tmp_path / "data", tmp_path / "run")
+    shutil.copy(tmp_path / "data/7/0.png", tmp_path / "data/7/1.png")                              # one will do
+    with pytest.raises(UserError, match="no test or validation class of .*data has two images"):
+        train(tmp_path / "data", tmp_path / "run", "--val_fraction", 0.5)
+    assert data.load_splits(argparse.Namespace(dataset="folder", data_root=tmp_path / "data", corrupt=False, val_fraction=0.0))
 
 
 def test_a_batch_that_the_processes_cannot_share_is_an_error(photos, tmp_path, monkeypatch):

@@ -813,7 +813,7 @@ def test_the_comparison_is_printed_and_written(tmp_path, capsys):
     evaluate.main(["--compare", *runs, "--metrics", "nmi", "--out", str(out)])
     text = evaluate.compare(runs, metrics=["nmi"])
     assert out.read_text(encoding="utf-8") == text
-    assert capsys.readouterr().out == f"{text}\ntable written to {out}\n"
+    assert capsys.readouterr().out == f"{text}\n{out} written\n"
     with pytest.raises(UserError, match="writing .* failed"):
         evaluate.main(["--compare", *runs, "--out", str(tmp_path)])
 
@@ -856,10 +856,10 @@ def test_curves_of_many_epochs_and_groups_keep_their_numbers_apart(tmp_path):
     assert torch.allclose(*shown, atol=0.1) and shown[0].std() > 0.1                                 # the eleventh as the first
 
 
-def test_compare_draws_the_curves_of_its_groups(tmp_path):
+def test_compare_draws_the_curves_of_its_groups(tmp_path, capsys):
     runs = [finished_run(tmp_path / f"a-seed{seed}", seed=seed) for seed in (0, 1)]
     evaluate.main(["--compare", *map(str, runs), "--curves", str(tmp_path / "curves.png")])
-    assert Image.open(tmp_path / "curves.png").size == (720, 420)
+    assert Image.open(tmp_path / "curves.png").size == (720, 420) and "curves.png written\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="writing .* failed .*give another file with --curves"):
         evaluate.main(["--compare", *map(str, runs), "--curves", str(tmp_path / "no folder/curves.png")])
 
