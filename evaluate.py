@@ -194,7 +194,7 @@ def uniformity(embeddings):
         own = slice(start, start + size)
         energy = torch.addmm(square[start:], x[own], x[start:].T, alpha=-2).add_(square[own, None]).clamp_(min=0).mul_(-2)
         energy[:, :len(energy)] += torch.full([len(energy)] * 2, -math.inf, device=x.device).tril()  # (B, N - start): i < j
-        rows.append(energy.logsumexp(1))           # logarithms: distant points would underflow to log 0
+        rows.append(energy.logsumexp(1).double())  # logarithms: distant points would underflow to log 0
     return torch.cat(rows).logsumexp(0).item() - math.log(len(x) * (len(x) - 1) / 2)
 
 

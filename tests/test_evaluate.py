@@ -249,6 +249,12 @@ def test_uniformity_survives_a_large_common_offset_in_float32():
     assert evaluate.uniformity(x) == pytest.approx(evaluate.uniformity(x.double()), rel=1e-4)
 
 
+def test_uniformity_near_zero_keeps_its_digits_in_float32():
+    for seed in range(5):
+        x = 0.1 * torch.randn(1500, 8, generator=torch.Generator().manual_seed(seed))
+        assert evaluate.uniformity(x) == pytest.approx(evaluate.uniformity(x.double()), abs=1e-7)
+
+
 def test_uniformity_of_copies_far_apart_is_the_share_of_pairs_that_coincide():
     x = (300 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))).repeat(5, 1)             # rounding: +-0.1
     assert evaluate.uniformity(x) <= math.log(4 * 10 / 190) + 1e-6
