@@ -139,8 +139,7 @@ def load_file(path, option):
 
 
 def save_file(path, content):
-    """Write a text, a checkpoint or what `content(file)` writes; its folder is made where it is missing. A kill at any time
-    leaves the old file or the new, a failure no half-written one."""
+    """Write a text, a checkpoint or what `content(file)` writes, and its folder. `path` is always the old file or the new."""
     part = Path(f"{path}.part")
     if processes()[0]:
         return
@@ -181,8 +180,7 @@ def parser(description, epilog):
     add("--lr_steps", type=int, nargs="*", help="epochs after which rates are cut (default: by preset)")
     add("--lr_gamma", type=positive(float), help="... by this factor (default: by preset)")
     add("--weight_decay", type=not_negative(float), default=4e-4, help="for the network alone (default: 4e-4)")
-    add("--val_fraction", type=not_negative(float, below=1), default=0.0,
-        help="of the training classes, to choose the epoch (default: 0)")
+    add("--val_fraction", type=not_negative(float, below=1), default=0.0, help="of training classes to hold out (default: 0)")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="default: 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -412,6 +410,9 @@ def train(args, criterion, name, setup=None):
     join_processes(device)
     rank, world = processes()
     train_split, val_split, test_split = data.load_splits(args)
+    judge, judged = (val_split, "val") if val_split else (test_split, "test")
+    if min(split.labels.bincount().max() for split in (judge, test_split)) < 2:                   # now, not after an epoch
+        raise UserError(f"no test or validation class of {args.data_root} has two images, so none can be found: add images")
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
     args.batch_size = args.batch_size or min(args.usual_batch_size, data.largest_batch(train_split.labels))
     batches = data.ClassBatches(train_split.labels, args.batch_size, seed=args.seed)
@@ -447,7 +448,6 @@ def train(args, criterion, name, setup=None):
     loader = torch.utils.data.DataLoader(
         data.Images(train_split, data.train_transform(args.image_size, args.augment)), batch_sampler=batches,
         num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
-    judge, judged = (val_split, "val") if val_split else (test_split, "test")
     print(f"{name}: {len(train_split.images)} images of {len(train_split.class_names)} classes train, "
           f"{len(test_split.images)} of {len(test_split.class_names)} test, on {device}; files in {out}", flush=True)
 

@@ -595,6 +595,14 @@ def test_embeddings_of_a_data_set_name_its_files(tmp_path):
     assert arrays["class_names"].tolist() == ["c", "d"] and arrays["labels"].tolist() == [0, 0, 1, 1]
 
 
+def test_embeddings_are_written_although_single_images_leave_nothing_to_measure(tmp_path):
+    root = photographs(tmp_path / "photos", *(f"{c}/0.png" for c in "abcd"))
+    checkpoint = untrained(tmp_path, dataset="folder")
+    with pytest.warns(UserWarning, match="have one image"), pytest.raises(UserError, match="no class has two images"):
+        evaluate.main(["--checkpoint", checkpoint, "--embeddings", str(tmp_path / "out"), "--data_root", str(root)])
+    assert read_arrays(tmp_path / "out", checkpoint)["class_names"].tolist() == ["c", "d"]
+
+
 @pytest.mark.parametrize("names, classes", [(["one.png"], [""]), (["b.png", "a.jpg"], [""]), (["y/1.png", "x/deep/2.png"], ["x", "y"]),
                                             (["y/1.png", "x/2.png", "loose.png"], ["", "x", "y"])])
 def test_embeddings_of_ones_own_pictures_need_neither_classes_nor_the_data_set(tmp_path, capsys, names, classes):
