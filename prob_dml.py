@@ -5,8 +5,8 @@ concentration ||e||. A class proxy is a vMF too, or a non-isotropic one (nivMF) 
 An image and a class are as similar as their two distributions, by default by the expected likelihood kernel (ELK), and
 a softmax over the classes makes that a loss.
 
-In reading order: the vMF and its normaliser - sampling from it - the nivMF - the similarities - the loss - the papers'
-settings - main.
+In reading order: the vMF and the nivMF - the similarities - the loss - how log C_D is computed - how a vMF is sampled -
+the papers' settings - main.
 
     python prob_dml.py --metric elk                        the paper's settings: CUB200, ResNet50, nivMF proxies, a GPU
     ... --form released --guidance_weight 3                as published: the authors' formulas, with ProxyAnchor
@@ -25,211 +25,12 @@ from torch import nn
 import nir
 from data import UserError
 
-# ------------------------------------------------------------------------------------------ the vMF and its normaliser
-
-# Coefficients of the polynomials u_1 .. u_4 of Debye's expansion: u_n(p) = p^n (c_0 + c_1 p^2 + ... + c_n p^(2n)).
-DEBYE = [
-    [3 / 24, -5 / 24],
-    [81 / 1152, -462 / 1152, 385 / 1152],
-    [30375 / 414720, -369603 / 414720, 765765 / 414720, -425425 / 414720],
-    [4465125 / 39813120, -94121676 / 39813120, 349922430 / 39813120, -446185740 / 39813120, 185910725 / 39813120]]
-DEBYE_ORDER = 40  # the expansion is used from this order of the Bessel function on, where it is good to nearly 1e-10
-
-
-def scaled_bessel(kappa, dim):
-    """log F_v(kappa) and F_(v+1)(kappa) / F_v(kappa), where F_v(x) = x^-v I_v(x), v = dim/2 - 1 and I is the modified
-    Bessel function. kappa: float64, any shape, >= 0. Unlike I_v itself, F_v neither vanishes nor blows up at kappa = 0.
-
-    Debye's uniform expansion for large order, with h = sqrt(m^2 + x^2), p = m/h and u_0 = 1, reads
-        F_m(x) = exp(h) (m + h)^-m (2 pi h)^(-1/2) U,            U = sum_n u_n(p) / m^n
-        F_(m+1)(x) / F_m(x) = 1/(m + h) - W / (U h^2),            W = sum_n (u_n(p)/2 + p u_n'(p)) / m^n
-    (the second line is the expansion of I_m'/I_m with the terms that cancel taken out by hand). A low order v is
-    reached from a high one by the recurrence of the ratios s_j = F_j / F_(j-1):  s_j = 1 / (2j + x^2 s_(j+1)).
-    All its terms are positive and it damps errors, so both results keep nearly full precision for every kappa.
-    """
-    v = dim / 2 - 1
-    steps = max(0, math.ceil(DEBYE_ORDER - v))
-    m = v + steps
-    h = torch.hypot(kappa, torch.full_like(kappa, m))
-    p = m / h
-    # U = 1 + sum_j a_j p^j and, as p^j / 2 + p (p^j)' = (j + 1/2) p^j, W = 1/2 + sum_j (j + 1/2) a_j p^j.
-    a = [0.0] * 13
-    for n, coefficients in enumerate(DEBYE, start=1):
-        for i, c in enumerate(coefficients):
-            a[n + 2 * i] += c / m ** n
-    U_minus_1, W = torch.zeros_like(p), torch.zeros_like(p)
-    for j in reversed(range(13)):
-        U_minus_1.mul_(p).add_(a[j])
-        W.mul_(p).add_((j + 0.5) * a[j])
-    W += 0.5
-    log_f = h - m * (m + h).log() - 0.5 * (2 * math.pi * h).log() + U_minus_1.log1p()
-    s = 1 / (m + h) - W / ((1 + U_minus_1) * h.square())
-    for step in range(steps):
-        s = 1 / (2 * (m - step) + kappa.square() * s)
-        log_f -= s.log()
-    return log_f, s
-
-
-class VMFNormalizer(torch.autograd.Function):
-    """kappa (float64) -> log C_D(kappa) and s_D(kappa) = A_D(kappa) / kappa, with their derivatives given to autograd:
-        d log C_D / d kappa = -A_D = -kappa s_D,         d s_D / d kappa = -kappa s_D (s_D - s_(D+2)).
-    Differentiating the formulas of `scaled_bessel` would lose digits; these lose none, also at kappa = 0, where the
-    usual A_D' = 1 - A_D^2 - (D-1) A_D / kappa divides by zero. The backward pass is itself differentiable."""
-
-    @staticmethod
-    def forward(ctx, kappa, dim):
-        log_f, s = scaled_bessel(kappa, dim)
-        ctx.dim = dim
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kappa, s)
-        return -0.5 * dim * math.log(2 * math.pi) - log_f, s
-
-    @staticmethod
-    def backward(ctx, grad_log_c, grad_s):
-        kappa, s = ctx.saved_tensors
-        grad = torch.zeros_like(kappa)
-        if grad_log_c is not None:
-            grad = grad - grad_log_c * kappa * s
-        if grad_s is not None:
-            grad = grad - grad_s * kappa * s * (s - VMFNormalizer.apply(kappa, ctx.dim + 2)[1])
-        return grad, None
-
-
-def vmf_normalizer(kappa, dim):
-    """log C_D(kappa) and A_D(kappa) / kappa in float64. In float32, (D/2 - 1) log kappa - log I would be a small
-    difference of large numbers, and A_D' for large kappa nothing but rounding error."""
-    if dim < 2:
-        raise UserError(f"A von Mises-Fisher distribution needs at least 2 dimensions, but the dimension is {dim}.")
-    if kappa.device.type == "mps":
-        raise UserError("The normaliser of the vMF needs float64, which an MPS device does not have: use the CPU.")
-    return VMFNormalizer.apply(kappa.double(), dim)
-
-
-def log_vmf_normalizer(kappa, dim):
-    """log C_D(kappa) = (D/2 - 1) log kappa - (D/2) log 2 pi - log I_(D/2-1)(kappa), the log of the factor that makes
-    the vMF density integrate to one. kappa: any shape, >= 0; the derivative is -A_D(kappa). For D = `dim` >= 2."""
-    return vmf_normalizer(kappa, dim)[0].to(kappa.dtype)
-
-
-def mean_resultant_length(kappa, dim):
-    """A_D(kappa) = I_(D/2)(kappa) / I_(D/2-1)(kappa), in [0, 1): the mean of a vMF is A_D(kappa) mu."""
-    kappa64 = kappa.double()  # once, as the two parts of A_D' nearly cancel and must meet in float64
-    return (kappa64 * vmf_normalizer(kappa64, dim)[1]).to(kappa.dtype)
-
+# ---------------------------------------------------------------------------------------------------- the distributions
 
 def vmf_log_prob(z, mu, kappa):
     """log p(z) = log C_D(kappa) + kappa mu.z for unit vectors z and mu (..., D), kappa (...), broadcast together."""
     return log_vmf_normalizer(kappa, z.shape[-1]) + kappa * (z * mu).sum(-1)
 
-
-def unit_vectors(x):
-    """x / ||x|| along the last axis. A zero vector has no direction: it gets the first axis, and no gradient."""
-    norm = x.norm(dim=-1, keepdim=True)
-    first_axis = torch.eye(1, x.shape[-1], dtype=x.dtype, device=x.device)[0]
-    return torch.where(norm > 1e-12, x / norm.clamp_min(1e-12), first_axis)
-
-
-# ------------------------------------------------------------------------------------------------------------ sampling
-
-
-def sample_vmf(mu, kappa, num_samples, generator=None):
-    """Draw from the vMFs with mean directions mu (B, D), unit vectors, and concentrations kappa (B,) >= 0: (S, B, D).
-
-    z = cos(theta) mu + sin(theta) v, v uniform among the unit vectors orthogonal to mu. theta comes from the rejection
-    step of Wood (Simulation of the von Mises Fisher distribution, 1994), so the samples are exact. They are
-    reparameterised: autograd gets the derivatives of `VMFSample`, and the rejection step drops no term of the gradient.
-    (It does where the accepted proposal is differentiated, as in Davidson et al., Hyperspherical Variational
-    Auto-Encoders, 2018: kappa's influence on which proposal is accepted takes a score-function term there.)
-    """
-    if mu.dim() != 2 or mu.shape[1] < 2 or kappa.shape != mu.shape[:1] or num_samples < 1:
-        raise UserError(f"sample_vmf takes mu (B, D) with D >= 2, kappa (B,) and at least 1 sample, not "
-                        f"{tuple(mu.shape)}, {tuple(kappa.shape)} and {num_samples}.")
-    return VMFSample.apply(mu, kappa, num_samples, generator)
-
-
-GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(16)          # nodes and weights on [-1, 1]
-
-
-class VMFSample(torch.autograd.Function):
-    """Samples z (S, B, D) and how they move with mu and kappa while still following the vMF. If mu turns, z turns with
-    it; if kappa grows, the angle theta between them shrinks so as to keep its quantile (Figurnov, Mohamed, Mnih:
-    Implicit Reparameterization Gradients, NeurIPS 2018). With dmu.mu = 0 and the log density psi of the angle,
-        dz = (z.mu) dmu - (z.dmu) mu                        the rotation in the plane of mu and dmu
-           + (cos(theta) z - mu) / sin(theta) dtheta        along the great circle through mu and z
-        dtheta / dkappa = -int_0^theta (cos t - A_D) exp(psi(t) - psi(theta)) dt
-        psi(t) = kappa cos t + (D-2) log sin t + const
-    The integral from 0 to pi vanishes, so minus the one from theta to pi will do as well: on the side of theta taken
-    below, the integrand has one sign and nothing cancels."""
-
-    @staticmethod
-    def forward(ctx, mu, kappa, num_samples, generator):
-        D = mu.shape[1]
-        # theta is kept, in float64, not its cosine w: sqrt(1 - w^2) has few digits left where kappa is large.
-        theta = sample_angle(kappa.double().expand(num_samples, -1), D, generator)  # (S, B)
-        # Samples around the axis -sign e_1, then the Householder reflection z -> z - 2 a (a.z) / ||a||^2 that takes
-        # this axis to mu; with the sign of mu_1, ||a||^2 = 2 (1 + |mu_1|) is never small.
-        z = torch.randn(num_samples, *mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
-        z[..., 1:] *= (theta.sin() / z[..., 1:].norm(dim=-1)).to(z).unsqueeze(-1)
-        sign = torch.where(mu[:, 0] < 0, -1.0, 1.0).to(z)
-        z[..., 0] = -sign * theta.cos()
-        a = mu.clone()
-        a[:, 0] += sign
-        z -= (z * a).sum(-1, keepdim=True) * (a / (1 + mu[:, :1].abs()))
-        ctx.save_for_backward(mu, kappa, theta, z)
-        return z
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        mu, kappa, theta, z = ctx.saved_tensors
-        D = mu.shape[1]
-        cosine = theta.cos()
-        along_z, along_mu = (grad * z).sum(-1), (grad * mu).sum(-1)  # (S, B)
-        grad_mu = (cosine.to(grad).unsqueeze(-1) * grad - along_mu.unsqueeze(-1) * z).sum(0)
-        # Gauss-Legendre over ten standard deviations or up to the pole; psi'' = -sqrt((D-2)^2 + 4 kappa^2) at the mode.
-        # 16 nodes give the integral to about 1e-8.
-        k = kappa.double()
-        mean_cosine = mean_resultant_length(k, D)
-        outward = cosine < mean_cosine
-        span = torch.where(outward, math.pi - theta, theta).minimum(10 * ((D - 2) ** 2 + 4 * k ** 2) ** -0.25)
-        nodes, weights = (torch.from_numpy(array).to(theta) for array in GAUSS_LEGENDRE)
-        t = theta.unsqueeze(-1) + torch.where(outward, span, -span).unsqueeze(-1) * (nodes + 1) / 2  # (S, B, 16)
-        psi = k[:, None] * (t.cos() - cosine.unsqueeze(-1)) + (D - 2) * (t.sin() / theta.sin().unsqueeze(-1)).log()
-        dtheta = -((t.cos() - mean_cosine[:, None]).abs() * psi.exp()) @ (weights / 2) * span
-        grad_kappa = ((cosine * along_z - along_mu) / theta.sin() * dtheta).sum(0)
-        return grad_mu, grad_kappa.to(kappa), None, None
-
-
-def sample_angle(kappa, D, generator):
-    """Wood's rejection step for kappa of any shape, in t = tan(theta/2)^2, where no difference of near-equal numbers
-    is left. He proposes t = b y with y = e / (1 - e), e ~ Beta((D-1)/2, (D-1)/2). That is y = exp(2 asinh x) where
-    sqrt(D-1) x follows Student's t with D-1 degrees of freedom, which takes two uniform numbers (Bailey, Polar
-    Generation of Random Variates with the t-Distribution, 1994). With w = cos(theta) = (1-t) / (1+t) and
-    x0 = (1-b) / (1+b) it is accepted if log u <= kappa (w - x0) + (D-1) log((1 - x0 w) / (1 - x0^2)): at least 65 %
-    of the proposals, whatever D and kappa."""
-    k = kappa.reshape(-1)
-    theta = torch.full_like(k, math.nan)
-    pending = torch.arange(len(k), device=k.device)
-    for _ in range(100):  # 8 proposals at once for each pending sample: one or two rounds, and never 100
-        k_pending = k[pending]
-        b = (D - 1) / (2 * k_pending + (4 * k_pending ** 2 + (D - 1) ** 2).sqrt())
-        u = torch.rand(3, 8, len(pending), dtype=k.dtype, device=k.device, generator=generator)
-        x = (-2 / (D - 1) * (-u[0]).log1p()).expm1().sqrt() * (2 * math.pi * u[1]).cos()
-        y = (2 * x.asinh()).exp()
-        t = b * y
-        log_accept = 2 * k_pending * (b - t) / ((1 + t) * (1 + b)) + (D - 1) * ((1 + y) * (1 + b) / (2 * (1 + t))).log()
-        accepted = u[2].log() <= log_accept
-        first = accepted.byte().argmax(0, keepdim=True)
-        done = accepted.any(0)
-        theta[pending[done]] = 2 * t.gather(0, first)[0, done].sqrt().atan()
-        pending = pending[~done]
-        if not len(pending):
-            return theta.view(kappa.shape)
-    raise UserError("Cannot sample: a concentration is not a finite number. If this happens in training, it has "
-                    "diverged: lower the learning rates.")
-
-
-# ----------------------------------------------------------------------------------------------------------- the nivMF
 
 FORMS = ("exact", "released")
 
@@ -265,6 +66,13 @@ def nivmf_log_prob(z, mu, concentration, form="exact", metric="elk"):
     if form == "released":
         return Kz_Kmu + log_factor
     return log_vmf_normalizer(norm_Kmu, D) + Kz_Kmu - 0.5 * D * Kz2.log()
+
+
+def unit_vectors(x):
+    """x / ||x|| along the last axis. A zero vector has no direction: it gets the first axis, and no gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    first_axis = torch.eye(1, x.shape[-1], dtype=x.dtype, device=x.device)[0]
+    return torch.where(norm > 1e-12, x / norm.clamp_min(1e-12), first_axis)
 
 
 # ---------------------------------------------------------------------------------------------------- the similarities
@@ -464,6 +272,197 @@ def setup(criterion, network, train_split, args, device):
     if criterion.proxies.metric in ("elk", "bhattacharyya", "kl") or getattr(args, "weights", None) == "none":
         embeddings = common.embed(network, train_split, args, device, "warm start: images")
         criterion.proxies.warm_start(embeddings, train_split.labels.to(device))
+
+
+# ---------------------------------------------------------------------------------------------- how log C_D is computed
+
+# Coefficients of the polynomials u_1 .. u_4 of Debye's expansion: u_n(p) = p^n (c_0 + c_1 p^2 + ... + c_n p^(2n)).
+DEBYE = [
+    [3 / 24, -5 / 24],
+    [81 / 1152, -462 / 1152, 385 / 1152],
+    [30375 / 414720, -369603 / 414720, 765765 / 414720, -425425 / 414720],
+    [4465125 / 39813120, -94121676 / 39813120, 349922430 / 39813120, -446185740 / 39813120, 185910725 / 39813120]]
+DEBYE_ORDER = 40  # the expansion is used from this order of the Bessel function on, where it is good to nearly 1e-10
+
+
+def scaled_bessel(kappa, dim):
+    """log F_v(kappa) and F_(v+1)(kappa) / F_v(kappa), where F_v(x) = x^-v I_v(x), v = dim/2 - 1 and I is the modified
+    Bessel function. kappa: float64, any shape, >= 0. Unlike I_v itself, F_v neither vanishes nor blows up at kappa = 0.
+
+    Debye's uniform expansion for large order, with h = sqrt(m^2 + x^2), p = m/h and u_0 = 1, reads
+        F_m(x) = exp(h) (m + h)^-m (2 pi h)^(-1/2) U,            U = sum_n u_n(p) / m^n
+        F_(m+1)(x) / F_m(x) = 1/(m + h) - W / (U h^2),            W = sum_n (u_n(p)/2 + p u_n'(p)) / m^n
+    (the second line is the expansion of I_m'/I_m with the terms that cancel taken out by hand). A low order v is
+    reached from a high one by the recurrence of the ratios s_j = F_j / F_(j-1):  s_j = 1 / (2j + x^2 s_(j+1)).
+    All its terms are positive and it damps errors, so both results keep nearly full precision for every kappa.
+    """
+    v = dim / 2 - 1
+    steps = max(0, math.ceil(DEBYE_ORDER - v))
+    m = v + steps
+    h = torch.hypot(kappa, torch.full_like(kappa, m))
+    p = m / h
+    # U = 1 + sum_j a_j p^j and, as p^j / 2 + p (p^j)' = (j + 1/2) p^j, W = 1/2 + sum_j (j + 1/2) a_j p^j.
+    a = [0.0] * 13
+    for n, coefficients in enumerate(DEBYE, start=1):
+        for i, c in enumerate(coefficients):
+            a[n + 2 * i] += c / m ** n
+    U_minus_1, W = torch.zeros_like(p), torch.zeros_like(p)
+    for j in reversed(range(13)):
+        U_minus_1.mul_(p).add_(a[j])
+        W.mul_(p).add_((j + 0.5) * a[j])
+    W += 0.5
+    log_f = h - m * (m + h).log() - 0.5 * (2 * math.pi * h).log() + U_minus_1.log1p()
+    s = 1 / (m + h) - W / ((1 + U_minus_1) * h.square())
+    for step in range(steps):
+        s = 1 / (2 * (m - step) + kappa.square() * s)
+        log_f -= s.log()
+    return log_f, s
+
+
+class VMFNormalizer(torch.autograd.Function):
+    """kappa (float64) -> log C_D(kappa) and s_D(kappa) = A_D(kappa) / kappa, with their derivatives given to autograd:
+        d log C_D / d kappa = -A_D = -kappa s_D,         d s_D / d kappa = -kappa s_D (s_D - s_(D+2)).
+    Differentiating the formulas of `scaled_bessel` would lose digits; these lose none, also at kappa = 0, where the
+    usual A_D' = 1 - A_D^2 - (D-1) A_D / kappa divides by zero. The backward pass is itself differentiable."""
+
+    @staticmethod
+    def forward(ctx, kappa, dim):
+        log_f, s = scaled_bessel(kappa, dim)
+        ctx.dim = dim
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kappa, s)
+        return -0.5 * dim * math.log(2 * math.pi) - log_f, s
+
+    @staticmethod
+    def backward(ctx, grad_log_c, grad_s):
+        kappa, s = ctx.saved_tensors
+        grad = torch.zeros_like(kappa)
+        if grad_log_c is not None:
+            grad = grad - grad_log_c * kappa * s
+        if grad_s is not None:
+            grad = grad - grad_s * kappa * s * (s - VMFNormalizer.apply(kappa, ctx.dim + 2)[1])
+        return grad, None
+
+
+def vmf_normalizer(kappa, dim):
+    """log C_D(kappa) and A_D(kappa) / kappa in float64. In float32, (D/2 - 1) log kappa - log I would be a small
+    difference of large numbers, and A_D' for large kappa nothing but rounding error."""
+    if dim < 2:
+        raise UserError(f"A von Mises-Fisher distribution needs at least 2 dimensions, but the dimension is {dim}.")
+    if kappa.device.type == "mps":
+        raise UserError("The normaliser of the vMF needs float64, which an MPS device does not have: use the CPU.")
+    return VMFNormalizer.apply(kappa.double(), dim)
+
+
+def log_vmf_normalizer(kappa, dim):
+    """log C_D(kappa) = (D/2 - 1) log kappa - (D/2) log 2 pi - log I_(D/2-1)(kappa), the log of the factor that makes
+    the vMF density integrate to one. kappa: any shape, >= 0; the derivative is -A_D(kappa). For D = `dim` >= 2."""
+    return vmf_normalizer(kappa, dim)[0].to(kappa.dtype)
+
+
+def mean_resultant_length(kappa, dim):
+    """A_D(kappa) = I_(D/2)(kappa) / I_(D/2-1)(kappa), in [0, 1): the mean of a vMF is A_D(kappa) mu."""
+    kappa64 = kappa.double()  # once, as the two parts of A_D' nearly cancel and must meet in float64
+    return (kappa64 * vmf_normalizer(kappa64, dim)[1]).to(kappa.dtype)
+
+
+# ------------------------------------------------------------------------------------------------- how a vMF is sampled
+
+def sample_vmf(mu, kappa, num_samples, generator=None):
+    """Draw from the vMFs with mean directions mu (B, D), unit vectors, and concentrations kappa (B,) >= 0: (S, B, D).
+
+    z = cos(theta) mu + sin(theta) v, v uniform among the unit vectors orthogonal to mu. theta comes from the rejection
+    step of Wood (Simulation of the von Mises Fisher distribution, 1994), so the samples are exact. They are
+    reparameterised: autograd gets the derivatives of `VMFSample`, and the rejection step drops no term of the gradient.
+    (It does where the accepted proposal is differentiated, as in Davidson et al., Hyperspherical Variational
+    Auto-Encoders, 2018: kappa's influence on which proposal is accepted takes a score-function term there.)
+    """
+    if mu.dim() != 2 or mu.shape[1] < 2 or kappa.shape != mu.shape[:1] or num_samples < 1:
+        raise UserError(f"sample_vmf takes mu (B, D) with D >= 2, kappa (B,) and at least 1 sample, not "
+                        f"{tuple(mu.shape)}, {tuple(kappa.shape)} and {num_samples}.")
+    return VMFSample.apply(mu, kappa, num_samples, generator)
+
+
+GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(16)          # nodes and weights on [-1, 1]
+
+
+class VMFSample(torch.autograd.Function):
+    """Samples z (S, B, D) and how they move with mu and kappa while still following the vMF. If mu turns, z turns with
+    it; if kappa grows, the angle theta between them shrinks so as to keep its quantile (Figurnov, Mohamed, Mnih:
+    Implicit Reparameterization Gradients, NeurIPS 2018). With dmu.mu = 0 and the log density psi of the angle,
+        dz = (z.mu) dmu - (z.dmu) mu                        the rotation in the plane of mu and dmu
+           + (cos(theta) z - mu) / sin(theta) dtheta        along the great circle through mu and z
+        dtheta / dkappa = -int_0^theta (cos t - A_D) exp(psi(t) - psi(theta)) dt
+        psi(t) = kappa cos t + (D-2) log sin t + const
+    The integral from 0 to pi vanishes, so minus the one from theta to pi will do as well: on the side of theta taken
+    below, the integrand has one sign and nothing cancels."""
+
+    @staticmethod
+    def forward(ctx, mu, kappa, num_samples, generator):
+        D = mu.shape[1]
+        # theta is kept, in float64, not its cosine w: sqrt(1 - w^2) has few digits left where kappa is large.
+        theta = sample_angle(kappa.double().expand(num_samples, -1), D, generator)  # (S, B)
+        # Samples around the axis -sign e_1, then the Householder reflection z -> z - 2 a (a.z) / ||a||^2 that takes
+        # this axis to mu; with the sign of mu_1, ||a||^2 = 2 (1 + |mu_1|) is never small.
+        z = torch.randn(num_samples, *mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
+        z[..., 1:] *= (theta.sin() / z[..., 1:].norm(dim=-1)).to(z).unsqueeze(-1)
+        sign = torch.where(mu[:, 0] < 0, -1.0, 1.0).to(z)
+        z[..., 0] = -sign * theta.cos()
+        a = mu.clone()
+        a[:, 0] += sign
+        z -= (z * a).sum(-1, keepdim=True) * (a / (1 + mu[:, :1].abs()))
+        ctx.save_for_backward(mu, kappa, theta, z)
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        mu, kappa, theta, z = ctx.saved_tensors
+        D = mu.shape[1]
+        cosine = theta.cos()
+        along_z, along_mu = (grad * z).sum(-1), (grad * mu).sum(-1)  # (S, B)
+        grad_mu = (cosine.to(grad).unsqueeze(-1) * grad - along_mu.unsqueeze(-1) * z).sum(0)
+        # Gauss-Legendre over ten standard deviations or up to the pole; psi'' = -sqrt((D-2)^2 + 4 kappa^2) at the mode.
+        # 16 nodes give the integral to about 1e-8.
+        k = kappa.double()
+        mean_cosine = mean_resultant_length(k, D)
+        outward = cosine < mean_cosine
+        span = torch.where(outward, math.pi - theta, theta).minimum(10 * ((D - 2) ** 2 + 4 * k ** 2) ** -0.25)
+        nodes, weights = (torch.from_numpy(array).to(theta) for array in GAUSS_LEGENDRE)
+        t = theta.unsqueeze(-1) + torch.where(outward, span, -span).unsqueeze(-1) * (nodes + 1) / 2  # (S, B, 16)
+        psi = k[:, None] * (t.cos() - cosine.unsqueeze(-1)) + (D - 2) * (t.sin() / theta.sin().unsqueeze(-1)).log()
+        dtheta = -((t.cos() - mean_cosine[:, None]).abs() * psi.exp()) @ (weights / 2) * span
+        grad_kappa = ((cosine * along_z - along_mu) / theta.sin() * dtheta).sum(0)
+        return grad_mu, grad_kappa.to(kappa), None, None
+
+
+def sample_angle(kappa, D, generator):
+    """Wood's rejection step for kappa of any shape, in t = tan(theta/2)^2, where no difference of near-equal numbers
+    is left. He proposes t = b y with y = e / (1 - e), e ~ Beta((D-1)/2, (D-1)/2). That is y = exp(2 asinh x) where
+    sqrt(D-1) x follows Student's t with D-1 degrees of freedom, which takes two uniform numbers (Bailey, Polar
+    Generation of Random Variates with the t-Distribution, 1994). With w = cos(theta) = (1-t) / (1+t) and
+    x0 = (1-b) / (1+b) it is accepted if log u <= kappa (w - x0) + (D-1) log((1 - x0 w) / (1 - x0^2)): at least 65 %
+    of the proposals, whatever D and kappa."""
+    k = kappa.reshape(-1)
+    theta = torch.full_like(k, math.nan)
+    pending = torch.arange(len(k), device=k.device)
+    for _ in range(100):  # 8 proposals at once for each pending sample: one or two rounds, and never 100
+        k_pending = k[pending]
+        b = (D - 1) / (2 * k_pending + (4 * k_pending ** 2 + (D - 1) ** 2).sqrt())
+        u = torch.rand(3, 8, len(pending), dtype=k.dtype, device=k.device, generator=generator)
+        x = (-2 / (D - 1) * (-u[0]).log1p()).expm1().sqrt() * (2 * math.pi * u[1]).cos()
+        y = (2 * x.asinh()).exp()
+        t = b * y
+        log_accept = 2 * k_pending * (b - t) / ((1 + t) * (1 + b)) + (D - 1) * ((1 + y) * (1 + b) / (2 * (1 + t))).log()
+        accepted = u[2].log() <= log_accept
+        first = accepted.byte().argmax(0, keepdim=True)
+        done = accepted.any(0)
+        theta[pending[done]] = 2 * t.gather(0, first)[0, done].sqrt().atan()
+        pending = pending[~done]
+        if not len(pending):
+            return theta.view(kappa.shape)
+    raise UserError("Cannot sample: a concentration is not a finite number. If this happens in training, it has "
+                    "diverged: lower the learning rates.")
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
