@@ -185,9 +185,9 @@ def test_a_class_with_one_training_image_is_used_with_a_warning(tmp_path):
             picture(tmp_path / name / f"{i}.png")
     with pytest.warns(UserWarning, match="1 training class.* one image"):
         train, _ = data.load("folder", tmp_path)
-    drawn = [[i for i, _ in batch] for batch in data.ClassBatches(train.labels, 4)]
-    assert len(drawn) == 2 and all(sorted(train.labels[batch].tolist()) == [0, 0, 1, 1] for batch in drawn)
-    assert all(batch.count(0) == 2 for batch in drawn)
+    indices = [[i for i, _ in batch] for batch in data.ClassBatches(train.labels, 4)]
+    assert len(indices) == 2 and all(sorted(train.labels[batch].tolist()) == [0, 0, 1, 1] for batch in indices)
+    assert all(batch.count(0) == 2 for batch in indices)
 
 
 @pytest.mark.parametrize("make, message", [
@@ -605,30 +605,30 @@ LABELS = torch.tensor([0] * 7 + [1] * 4 + [2] * 1 + [3] * 9 + [4] * 6 + [5] * 5)
 def test_an_epoch_sees_every_image_in_batches_of_two_per_class():
     batches = data.ClassBatches(LABELS, 6, seed=3)
     for batches.epoch in range(20):
-        drawn = [[i for i, _ in batch] for batch in batches]
-        assert len(drawn) == len(batches)
-        assert {i for batch in drawn for i in batch} == set(range(len(LABELS)))
-        for batch in drawn:
+        indices = [[i for i, _ in batch] for batch in batches]
+        assert len(indices) == len(batches)
+        assert {i for batch in indices for i in batch} == set(range(len(LABELS)))
+        for batch in indices:
             labels = LABELS[batch]
             assert len(batch) == 6 and torch.equal(labels[::2], labels[1::2]) and len(labels.unique()) == 3
             assert all(a != b or LABELS[a] == 2 for a, b in zip(batch[::2], batch[1::2]))    # two different images
 
 
 def test_batches_follow_from_seed_and_epoch_alone():
-    def draw(seed, epoch):
+    def epoch_of(seed, epoch):
         batches = data.ClassBatches(LABELS, 6, seed=seed)
         batches.epoch = epoch
         return list(batches)
-    assert draw(1, 4) == draw(1, 4)
-    assert draw(1, 4) != draw(1, 5) and draw(1, 4) != draw(2, 4)
+    assert epoch_of(1, 4) == epoch_of(1, 4)
+    assert epoch_of(1, 4) != epoch_of(1, 5) and epoch_of(1, 4) != epoch_of(2, 4)
 
 
 def test_a_class_larger_than_all_others_does_not_stretch_the_epoch():
     labels = torch.tensor([0] * 100 + [1] * 4 + [2] * 4)
     batches = data.ClassBatches(labels, 4)
-    drawn = [[i for i, _ in batch] for batch in batches]
-    assert len(drawn) == 27 and {i for batch in drawn for i in batch} >= set(range(100, 108))
-    assert all(len(labels[batch].unique()) == 2 for batch in drawn)
+    indices = [[i for i, _ in batch] for batch in batches]
+    assert len(indices) == 27 and {i for batch in indices for i in batch} >= set(range(100, 108))
+    assert all(len(labels[batch].unique()) == 2 for batch in indices)
     seen = set()
     for batches.epoch in range(30):
         seen |= {i for batch in batches for i, _ in batch}
@@ -640,10 +640,10 @@ def test_few_large_classes_give_several_pairs_to_a_batch():
     with pytest.warns(UserWarning, match="3 training classes cannot fill a batch of 16 .* up to 6 of a class"):
         batches = data.ClassBatches(labels, 16)
     for batches.epoch in range(5):
-        drawn = [[i for i, _ in batch] for batch in batches]
-        assert len(drawn) == len(batches) == 11 and {i for batch in drawn for i in batch} == set(range(169))
-        assert all(sorted(torch.bincount(labels[batch]).tolist()) == [4, 6, 6] for batch in drawn)
-        assert all(len(set(batch)) >= 15 for batch in drawn)
+        indices = [[i for i, _ in batch] for batch in batches]
+        assert len(indices) == len(batches) == 11 and {i for batch in indices for i in batch} == set(range(169))
+        assert all(sorted(torch.bincount(labels[batch]).tolist()) == [4, 6, 6] for batch in indices)
+        assert all(len(set(batch)) >= 15 for batch in indices)
 
 
 @pytest.mark.parametrize("size, message", [(5, "--batch_size 5 is not a multiple of 2.*try 4"), (1, "try 2"),
