@@ -1,416 +1,695 @@
-"""A Non-isotropic Probabilistic Take on Proxy-based Deep Metric Learning (Kirchhof, Roth, Akata, Kasneci; ECCV 2022).
+"""EL-nivMF: A Non-isotropic Probabilistic Take on Proxy-based Deep Metric Learning.
 
-An embedding e stands for a von Mises-Fisher distribution (vMF) on the unit sphere: mean direction e / ||e||,
-concentration ||e||. A class proxy is a vMF too, or a non-isotropic one (nivMF) with a concentration for each dimension.
-An image and a class are as similar as their two distributions, by default by the expected likelihood kernel (ELK), and
-a softmax over the classes makes that a loss.
+The paper is by Kirchhof, Roth, Akata and Kasneci (ECCV 2022).
 
-In reading order: the vMF and the nivMF - the similarities - the loss - how log C_D is computed - how a vMF is sampled -
-the papers' settings - main.
+An image is not a point but a distribution on the unit sphere, a von Mises-Fisher (vMF): the
+direction of its embedding is the mean, the norm is the concentration. A class is a
+distribution too, a non-isotropic vMF (nivMF) that has a concentration for each dimension. An
+image and a class are as similar as their distributions overlap, by the expected likelihood
+kernel (ELK), and a softmax over the classes turns that into a loss.
 
-    python prob_dml.py --metric elk                        the paper's settings: CUB200, ResNet50, nivMF proxies, a GPU
-    ... --form released --guidance_weight 3                as published: the authors' formulas, with ProxyAnchor
-    python prob_dml.py --dataset toy --metric elk          built-in characters, minutes on a laptop
-    python prob_dml.py --metric kl --proxy vmf             any cell of the paper's ablation
+In reading order: the distributions; the similarities; the loss; then how log C_D is computed
+and how a vMF is sampled; the settings; main.
+
+    python prob_dml.py --dataset toy --metric elk      built-in characters, minutes on a laptop
+    python prob_dml.py --metric elk                    the paper's settings: CUB200, ResNet50, a GPU
+    ... --form official --proxyanchor_weight 3         as published: their formulas, and ProxyAnchor
+    python prob_dml.py --metric kl --proxy vmf         any cell of the paper's ablation
+
+    paper      name in the code
+    psi        `embeddings` (B, D) as the network gives them: mu = psi / ||psi||, kappa = ||psi||
+    rho        `proxies` (C, D), whose directions are the classes' `mu`
+    kappa      `kappa`, the concentration of a vMF; the classes' `concentrations` (C, 1)
+    K          `K`, the diagonal of a nivMF's matrix; the classes' `concentrations` (C, D)
+    z          `z` (S, B, D), samples of the images' vMFs
+    T          `temperature`
+
+One step of the training, which `common.train_one_epoch` runs, with the class `Criterion`
+below:
+
+    embeddings = network(images)                        # psi (B, D), not normalised
+    losses = criterion.losses(embeddings, labels)       # {"elk": scalar}
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
 """
 import math
-from functools import partial
+import os
 
-import common                                             # before torch: see data.py's first lines
+# Before torch is loaded: its idle threads then sleep, where they would slow other processes
+# down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import nir
-from data import UserError
 
-# ---------------------------------------------------------------------------------------------------- the distributions
+# ----------------------------------------------------------------------------- the distributions
+
 
 def vmf_log_prob(z, mu, kappa):
-    """log p(z) = log C_D(kappa) + kappa mu.z for unit vectors z and mu (..., D), kappa (...), broadcast together."""
-    return log_vmf_normalizer(kappa, z.shape[-1]) + kappa * (z * mu).sum(-1)
+    """Log density of a von Mises-Fisher distribution at unit vectors z.
 
+        log p(z) = log C_D(kappa) + kappa mu . z
 
-FORMS = ("exact", "released")
-
-
-def nivmf_log_prob(z, mu, concentration, form="exact", metric="elk"):
-    """Log density at unit vectors z (..., D) of the non-isotropic vMFs with directions mu (C, D), unit vectors, and
-    K = diag(k_1 .. k_D) from concentration (C, D) > 0: (..., C). For K = k I it is the vMF with concentration k.
-
-    If z' = Kz / ||Kz|| follows a vMF with natural parameter K mu, then by change of variables on the sphere
-        log p(z) = log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - D log ||Kz||                      (form "exact").
-    The authors' code ("released") computes two other functions, neither of which integrates to one:
-        log C_D(||K mu||) + z . K mu            + log det K - log ||K mu||          in EL-nivMF, isotropic in z,
-        log C_D(||K mu||) + (Kz . K mu)/||Kz||  + log det K - log ||K mu||          in its log-likelihood (metric loglik).
+    z and mu (..., D) are unit vectors, kappa (...) >= 0; they are broadcast together.
     """
+    cosine = (z * mu).sum(-1)
+    return log_vmf_normalizer(kappa, z.shape[-1]) + kappa * cosine
+
+
+FORMS = ("exact", "official")
+
+
+def nivmf_log_prob(z, mu, K, form="exact"):
+    """Log density of non-isotropic vMFs at unit vectors z (..., D), for every class: (..., C).
+
+    mu (C, D) are unit vectors, K (C, D) > 0 the diagonals of the matrices. If z' = Kz /
+    ||Kz|| is a vMF with natural parameter K mu, a change of variables on the sphere gives z
+    the density
+
+        log p(z) = log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - D log ||Kz||     "exact"
+
+    For K = k I this is the vMF with concentration k. The authors' code computes for EL-nivMF
+
+        log C_D(||K mu||) + z . K mu + log det K - log ||K mu||                         "official"
+
+    which is isotropic in z and does not integrate to one. Raises ValueError for other shapes
+    or forms.
+    """
+    check_nivmf(z, mu, K)
     if form not in FORMS:
-        raise UserError(f"form must be one of {', '.join(FORMS)}, not {form!r}.")
-    if concentration.shape != mu.shape or mu.dim() != 2 or z.shape[-1] != mu.shape[1]:
-        raise UserError(f"nivmf_log_prob takes z (..., D), mu (C, D), concentration (C, D), not {tuple(z.shape)}, "
-                        f"{tuple(mu.shape)}, {tuple(concentration.shape)}.")
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
     D = mu.shape[1]
-    # g, the geometric mean of k_1 .. k_D, is taken out of K: log det K - D log ||Kz|| = -D/2 log (||Kz|| / g)^2 is
-    # small, where its two terms alone are in the thousands and float32 has no digits left for their difference.
-    log_g = concentration.log().mean(1)  # (C,)
-    Kmu = concentration * mu
-    norm_Kmu = Kmu.norm(dim=1)  # (C,)
-    if form == "released":
-        log_factor = log_vmf_normalizer(norm_Kmu, D) + D * log_g - norm_Kmu.log()  # (C,)
-        if metric != "loglik":
-            return z @ Kmu.T + log_factor  # (..., D) @ (D, C) -> (..., C)
-    K2 = (concentration / log_g.exp().unsqueeze(1)).square()  # K^2 / g^2
-    Kz2 = z.square() @ K2.T  # ||Kz||^2 / g^2, (..., D) @ (D, C) -> (..., C)
-    Kz_Kmu = z @ (K2 * mu).T * log_g.exp() / Kz2.sqrt()  # (Kz . K mu) / ||Kz||
-    if form == "released":
-        return Kz_Kmu + log_factor
-    return log_vmf_normalizer(norm_Kmu, D) + Kz_Kmu - 0.5 * D * Kz2.log()
+    Kmu = K * mu
+    norm_Kmu = Kmu.norm(dim=1)                          # (C,)
+    log_C = log_vmf_normalizer(norm_Kmu, D)             # (C,)
+    if form == "official":
+        log_det_K = K.log().sum(1)                      # (C,)
+        return log_C + z @ Kmu.T + log_det_K - norm_Kmu.log()
+    Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
+    # log det K - D log ||Kz||, whose two terms are large where D is, and nearly cancel.
+    log_volume = D * (K.log().mean(1) - norm_Kz.log())  # (..., C)
+    return log_C + Kz_Kmu / norm_Kz + log_volume
+
+
+def official_log_likelihood(z, mu, K):
+    """What the authors' log-likelihood computes in place of `nivmf_log_prob`, of the same shapes.
+
+        log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - log ||K mu||
+
+    The last term is not the volume that the change of variables asks for, so this is no
+    density.
+    """
+    check_nivmf(z, mu, K)
+    norm_Kmu = (K * mu).norm(dim=1)                     # (C,)
+    log_C = log_vmf_normalizer(norm_Kmu, mu.shape[1])   # (C,)
+    log_det_K = K.log().sum(1)                          # (C,)
+    Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
+    return log_C + Kz_Kmu / norm_Kz + log_det_K - norm_Kmu.log()
+
+
+def nivmf_products(z, mu, K):
+    """Kz . K mu and ||Kz||, both (..., C), by two matrix products: no (..., C, D) tensor is made.
+
+        Kz . K mu = sum_d z_d k_d^2 mu_d        ||Kz||^2 = sum_d z_d^2 k_d^2
+    """
+    K2 = K.square()
+    Kz_Kmu = z @ (K2 * mu).T                            # (..., D) @ (D, C) -> (..., C)
+    norm_Kz = (z.square() @ K2.T).sqrt()                # (..., D) @ (D, C) -> (..., C)
+    return Kz_Kmu, norm_Kz
+
+
+def check_nivmf(z, mu, K):
+    is_class_by_dimension = mu.dim() == 2 and mu.shape == K.shape
+    if not is_class_by_dimension or z.shape[-1] != mu.shape[1]:
+        shapes = f"{tuple(z.shape)}, {tuple(mu.shape)} and {tuple(K.shape)}"
+        raise ValueError(f"a nivMF takes z (..., D), mu (C, D) and K (C, D), not {shapes}")
 
 
 def unit_vectors(x):
-    """x / ||x|| along the last axis. A zero vector has no direction: it gets the first axis, and no gradient."""
+    """x / ||x|| along the last axis. A zero vector gets the first axis, and no gradient."""
     norm = x.norm(dim=-1, keepdim=True)
-    first_axis = torch.eye(1, x.shape[-1], dtype=x.dtype, device=x.device)[0]
+    first_axis = torch.zeros_like(x)
+    first_axis[..., 0] = 1
     return torch.where(norm > 1e-12, x / norm.clamp_min(1e-12), first_axis)
 
 
-# ---------------------------------------------------------------------------------------------------- the similarities
-# Each takes embeddings e (B, D), proxies rho (C, D), whose directions alone count (but for l2), and concentration:
-# (C, 1) for vMF proxies or (C, D) for nivMF proxies. Each returns (B, C), larger for more similar. p is the image's
-# distribution, q the proxy's. Between two vMFs everything is in closed form, written with e itself, k1 mu1, so that it
-# is smooth even at e = 0. For nivMF proxies, an expectation over p is a mean over samples that all proxies share; there
-# form "released" takes the authors' density, and divides each sample's log density by T inside the log-mean-exp: then the
-# result is T log mean_s exp(log q(z_s) / T), which is the log of the kernel for T = 1 alone.
+# ------------------------------------------------------------------------------ the similarities
+# How similar are images and classes? Each function takes embeddings (B, D), un-normalised,
+# and the classes' mean directions mu (C, D), with kappa (C,) for vMFs or K (C, D) for nivMFs,
+# and gives (B, C), larger for more similar. p is an image's distribution, q a class's.
+#
+# Between two vMFs all of them have a closed form. For nivMFs the mean over p is one over
+# samples of p, which all classes share. There the official form divides each sample's log
+# density by T, inside the log-mean-exp, where the exact form divides the result:
+# `temperature` is that inner T.
 
 
-def sample_log_q(embeddings, proxies, concentration, samples, form, generator):
-    """Samples of the images z (S, B, D) and log q(z), (S, B, C)."""
-    z = sample_vmf(unit_vectors(embeddings), embeddings.norm(dim=1), samples, generator)
-    return z, nivmf_log_prob(z, unit_vectors(proxies), concentration, form)
+def elk_nivmf(embeddings, mu, K, num_samples, form="exact", temperature=1.0, generator=None):
+    """EL-nivMF, the paper's method: log of the expected likelihood kernel, int p(z) q(z) dz.
+
+        log ELK = log mean_s q(z_s),    z_s ~ p
+    """
+    kappa = embeddings.norm(dim=1)                                  # the norm is the concentration
+    z = sample_vmf(unit_vectors(embeddings), kappa, num_samples, generator)     # (S, B, D)
+    log_q = nivmf_log_prob(z, mu, K, form)                          # (S, B, C)
+    return log_mean_exp(log_q / temperature)                        # (B, C)
 
 
-def product_kernel(embeddings, proxies, concentration, samples, form, generator, temperature=1.0, r=1.0):
-    """log int p(z)^r q(z)^r dz, the probability product kernel: r = 1 is the expected likelihood kernel (ELK), r = 1/2
-    the Bhattacharyya coefficient. It is log mean_s p(z_s)^(r-1) q(z_s)^r with z_s ~ p, and between two vMFs
-        r log C(k1) + r log C(k2) - log C(r ||k1 mu1 + k2 mu2||)."""
+def log_mean_exp(x):
+    """log mean_s exp(x_s), over the first axis."""
+    return x.logsumexp(0) - math.log(len(x))
+
+
+def elk_vmf(embeddings, mu, kappa):
+    """Log of the expected likelihood kernel of two vMFs, in closed form.
+
+        log ELK = log C_D(k1) + log C_D(k2) - log C_D(||k1 mu1 + k2 mu2||)
+    """
+    return vmf_product_kernel(embeddings, mu, kappa, r=1.0)
+
+
+def bhattacharyya_nivmf(embeddings, mu, K, num_samples, form="exact", temperature=1.0,
+                        generator=None):
+    """Log of the Bhattacharyya coefficient, int sqrt(p(z) q(z)) dz.
+
+        log B = log mean_s sqrt(q(z_s) / p(z_s)),    z_s ~ p
+    """
+    kappa = embeddings.norm(dim=1)
+    image_mu = unit_vectors(embeddings)
+    z = sample_vmf(image_mu, kappa, num_samples, generator)         # (S, B, D)
+    log_p = vmf_log_prob(z, image_mu, kappa)                        # (S, B)
+    log_q = nivmf_log_prob(z, mu, K, form)                          # (S, B, C)
+    log_root = 0.5 * log_q - 0.5 * log_p.unsqueeze(2)
+    return log_mean_exp(log_root / temperature)
+
+
+def bhattacharyya_vmf(embeddings, mu, kappa):
+    """Log of the Bhattacharyya coefficient of two vMFs: the kernel of order r = 1/2."""
+    return vmf_product_kernel(embeddings, mu, kappa, r=0.5)
+
+
+def vmf_product_kernel(embeddings, mu, kappa, r):
+    """Log of the probability product kernel of order r of two vMFs, int p(z)^r q(z)^r dz.
+
+        r log C_D(k1) + r log C_D(k2) - log C_D(r ||k1 mu1 + k2 mu2||)
+
+    It is written with the embedding itself, k1 mu1, so that it is smooth even at 0.
+    """
     D = embeddings.shape[1]
-    norm = embeddings.norm(dim=1)
-    if concentration.shape[1] == D:
-        z, log_q = sample_log_q(embeddings, proxies, concentration, samples, form, generator)
-        if r != 1:
-            log_q = r * log_q + (r - 1) * vmf_log_prob(z, unit_vectors(embeddings), norm).unsqueeze(2)
-        if form == "released":
-            return temperature * ((log_q / temperature).logsumexp(0) - math.log(samples))
-        return log_q.logsumexp(0) - math.log(samples)
-    natural = concentration * unit_vectors(proxies)
-    squared = norm.square()[:, None] + concentration[:, 0].square() + 2 * embeddings @ natural.T
-    norm_of_sum = squared.clamp_min(1e-30).sqrt()  # (B, C)
-    log_c = log_vmf_normalizer(norm, D)[:, None] + log_vmf_normalizer(concentration[:, 0], D)
-    return r * log_c - log_vmf_normalizer(r * norm_of_sum, D)
+    image_kappa = embeddings.norm(dim=1)                            # (B,)
+    dot = embeddings @ (kappa.unsqueeze(1) * mu).T                  # k1 mu1 . k2 mu2, (B, C)
+    squared = image_kappa.square().unsqueeze(1) + kappa.square() + 2 * dot
+    norm_of_sum = squared.clamp_min(1e-30).sqrt()                   # (B, C)
+    image_log_C = log_vmf_normalizer(image_kappa, D)                # (B,)
+    log_C = log_vmf_normalizer(kappa, D)                            # (C,)
+    return r * (image_log_C.unsqueeze(1) + log_C) - log_vmf_normalizer(r * norm_of_sum, D)
 
 
-def kl(embeddings, proxies, concentration, samples, form, generator, temperature=1.0):
-    """-KL(p || q) = E_p[log q(z)] - E_p[log p(z)], where E_p[log p(z)] = log C(k1) + k1 A(k1), and if q is a vMF too,
-    E_p[log q(z)] = log C(k2) + A(k1) k2 mu1.mu2. The authors' code has k1 for k1 A(k1), and +KL as a similarity."""
-    D = embeddings.shape[1]
-    k1 = embeddings.double().norm(dim=1, keepdim=True)
-    log_c, s = vmf_normalizer(k1, D)  # s = A(k1) / k1, so A(k1) mu1 = s e
-    entropy = (-log_c - s * k1.square()).to(embeddings.dtype)  # (B, 1)
-    if concentration.shape[1] == D:
-        _, log_q = sample_log_q(embeddings, proxies, concentration, samples, form, generator)
-        return log_q.mean(0) + entropy
-    expected_log_q = s.to(embeddings.dtype) * (embeddings @ (concentration * unit_vectors(proxies)).T)
-    return log_vmf_normalizer(concentration[:, 0], D) + expected_log_q + entropy
+def kl_nivmf(embeddings, mu, K, num_samples, form="exact", temperature=1.0, generator=None):
+    """The negative Kullback-Leibler divergence from image to class, -KL(p || q).
+
+        -KL = E_p[log q(z)] - E_p[log p(z)],    E_p[log q(z)] = mean_s log q(z_s),    z_s ~ p
+    """
+    kappa = embeddings.norm(dim=1)
+    z = sample_vmf(unit_vectors(embeddings), kappa, num_samples, generator)     # (S, B, D)
+    log_q = nivmf_log_prob(z, mu, K, form)                          # (S, B, C)
+    entropy, _ = vmf_entropy_and_mean(embeddings)
+    return log_q.mean(0) + entropy.unsqueeze(1)
 
 
-def loglik(embeddings, proxies, concentration, samples, form, generator, temperature=1.0):
-    """log q(mu1), the proxy's log density at the image's mean direction. The norm of the embedding plays no part."""
-    mu1, mu2 = unit_vectors(embeddings), unit_vectors(proxies)
-    if concentration.shape[1] == embeddings.shape[1]:
-        return nivmf_log_prob(mu1, mu2, concentration, form, "loglik")
-    return log_vmf_normalizer(concentration[:, 0], mu1.shape[1]) + mu1 @ (concentration * mu2).T
+def kl_vmf(embeddings, mu, kappa):
+    """-KL(p || q) of two vMFs, where E_p[log q(z)] = log C_D(k2) + k2 mu2 . E_p[z]."""
+    entropy, mean = vmf_entropy_and_mean(embeddings)
+    log_C = log_vmf_normalizer(kappa, embeddings.shape[1])          # (C,)
+    return log_C + mean @ (kappa.unsqueeze(1) * mu).T + entropy.unsqueeze(1)
 
 
-def cosine(embeddings, proxies, *_):
-    """mu1.mu2"""
-    return unit_vectors(embeddings) @ unit_vectors(proxies).T
+def vmf_entropy_and_mean(embeddings):
+    """-E_p[log p(z)] (B,) and E_p[z] (B, D) of the images' vMFs.
+
+        -E_p[log p(z)] = -log C_D(kappa) - kappa A_D(kappa)         E_p[z] = A_D(kappa) mu
+    """
+    kappa = embeddings.double().norm(dim=1)
+    log_C, A_by_kappa = vmf_normalizer(kappa, embeddings.shape[1])
+    entropy = -log_C - kappa.square() * A_by_kappa
+    mean = A_by_kappa.to(embeddings).unsqueeze(1) * embeddings      # A_D mu, smooth at 0
+    return entropy.to(embeddings), mean
 
 
-def l2(embeddings, proxies, *_):
-    """-||e - rho||^2, of the vectors as they are, not of their directions."""
-    return 2 * embeddings @ proxies.T - embeddings.square().sum(1, keepdim=True) - proxies.square().sum(1)
+def loglik_nivmf(embeddings, mu, K, form="exact"):
+    """The classes' log densities at the image's mean direction; its norm plays no part."""
+    log_density = official_log_likelihood if form == "official" else nivmf_log_prob
+    return log_density(unit_vectors(embeddings), mu, K)
 
 
-SIMILARITIES = {"elk": product_kernel, "bhattacharyya": partial(product_kernel, r=0.5), "kl": kl, "loglik": loglik,
-                "cosine": cosine, "l2": l2}
+def loglik_vmf(embeddings, mu, kappa):
+    """The classes' log densities at the image's mean direction, for vMFs."""
+    cosine = unit_vectors(embeddings) @ mu.T                        # (B, C)
+    return log_vmf_normalizer(kappa, embeddings.shape[1]) + kappa * cosine
 
-# ------------------------------------------------------------------------------------------------------------ the loss
 
-MIN_CONCENTRATION, MIN_TEMPERATURE = 0.1, 1e-3
+def cosine(embeddings, mu, kappa=None):
+    """mu1 . mu2; no concentration plays a part."""
+    return unit_vectors(embeddings) @ mu.T
+
+
+def l2(embeddings, mu, length):
+    """-||e - rho||^2 of the embedding as it is and a proxy rho = length mu."""
+    rho = length.unsqueeze(1) * mu
+    dot = embeddings @ rho.T                                        # (B, C)
+    embedding_square = embeddings.square().sum(1, keepdim=True)     # (B, 1)
+    return 2 * dot - embedding_square - rho.square().sum(1)
+
+
+SIMILARITIES = {  # the cells of the paper's ablation: metric -> kind of proxy -> function
+    "elk": {"nivmf": elk_nivmf, "vmf": elk_vmf},
+    "bhattacharyya": {"nivmf": bhattacharyya_nivmf, "vmf": bhattacharyya_vmf},
+    "kl": {"nivmf": kl_nivmf, "vmf": kl_vmf},
+    "loglik": {"nivmf": loglik_nivmf, "vmf": loglik_vmf},
+    "cosine": {"vmf": cosine},
+    "l2": {"vmf": l2},
+}
+
+
+# -------------------------------------------------------------------------------------- the loss
+
+MIN_CONCENTRATION = 0.1
+MIN_TEMPERATURE = 1e-3
 
 
 class ProbabilisticProxies(nn.Module):
-    """One distribution per class, and the loss: softmax cross-entropy over all classes of similarity / T, the form of
-    ProxyNCA++. T is learned.
+    """A distribution for each class, and the loss of embeddings against them, ProxyNCA++'s form.
 
-    metric: a key of SIMILARITIES. proxy: "nivmf" or "vmf"; cosine and l2 know no concentration, so "vmf" alone.
-    form: of the density of nivMF proxies, see `nivmf_log_prob`; None is DEFAULT_FORM. samples: per image, where there is
-    no closed form. temperature: T's first value. concentration_init: first value of every concentration. For l2, whose
-    `concentrations` are the proxies' lengths, it is the gain of a Xavier normal: they start at gain sqrt(2 D / (C + D)).
+        L = mean_i -log softmax_c(similarity_ic / T)_y
 
-    `proxies` (C, D) give directions alone. They are stored with the length `concentration_init`: Adam moves each
-    coordinate by about its rate, so that the length decides how far one step turns a proxy.
+    metric: a key of SIMILARITIES. proxy: "nivmf" or "vmf", which alone goes with cosine and
+    l2. form: of nivMF proxies, "exact" or "official", see `nivmf_log_prob`. samples: S for
+    each image, where there is no closed form. temperature: the first value of T, which is
+    learned.
+
+    `proxies` (C, D) give directions alone. They are stored with the length
+    `concentration_init`: Adam moves each coordinate by about its rate, so that the length
+    decides how far a step turns a proxy. `concentrations`, (C, D) for nivMFs and (C, 1) for
+    vMFs, start at concentration_init.
+
+    l2 has `lengths` (C, 1) in place of concentrations. concentration_init is there the gain
+    of a Xavier normal, whose vectors have the length gain sqrt(2 D / (C + D)).
+
+    Raises ValueError for values that are out of range or do not go together.
     """
 
-    def __init__(self, num_classes, dim, metric="elk", proxy="nivmf", form=None, samples=5, temperature=0.003,
-                 concentration_init=10.0):
+    def __init__(self, num_classes, dim, metric="elk", proxy="nivmf", form="exact", samples=5,
+                 temperature=0.003, concentration_init=10.0):
         super().__init__()
-        for name, value, choices in (("metric", metric, tuple(SIMILARITIES)), ("proxy", proxy, ("nivmf", "vmf")),
-                                     ("form", form or "exact", FORMS)):
-            if value not in choices:
-                raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
-        if proxy == "nivmf" and metric in ("cosine", "l2"):
-            raise UserError(f"metric {metric} knows no concentration, so proxy nivmf makes no sense: use proxy vmf.")
-        if proxy == "vmf" and form == "released":
-            raise UserError("form released belongs to proxy nivmf: vMF proxies have one form, leave it out.")
-        for name, value, least in (("num_classes", num_classes, 1), ("dim", dim, 2), ("samples", samples, 1),
-                                   ("temperature", temperature, MIN_TEMPERATURE),
-                                   ("concentration_init", concentration_init, MIN_CONCENTRATION)):
-            if not least <= value < math.inf:
-                raise UserError(f"{name} must be at least {least}, not {value}.")
-        self.metric, self.samples, self.length = metric, samples, float(concentration_init)
-        self.form = "exact" if proxy == "vmf" else form or DEFAULT_FORM
-        self.proxies = nn.Parameter(self.length * F.normalize(torch.randn(num_classes, dim)))
-        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
-        self.concentrations = None
-        if metric != "cosine":
-            first = self.length * (math.sqrt(2 * dim / (num_classes + dim)) if metric == "l2" else 1)
-            self.concentrations = nn.Parameter(torch.full((num_classes, dim if proxy == "nivmf" else 1), first))
+        check_choice("metric", metric, SIMILARITIES)
+        check_choice("proxy", proxy, ("nivmf", "vmf"))
+        check_choice("form", form, FORMS)
+        if proxy not in SIMILARITIES[metric]:
+            raise ValueError(f"metric {metric} knows no concentration, so proxy {proxy} makes no "
+                             "sense: use proxy vmf")
+        if proxy == "vmf" and form == "official":
+            raise ValueError("form official belongs to proxy nivmf: vMF proxies have one form, "
+                             "leave it out")
+        check_at_least("num_classes", num_classes, 1)
+        check_at_least("dim", dim, 2)
+        check_at_least("samples", samples, 1)
+        check_at_least("temperature", temperature, MIN_TEMPERATURE)
+        check_at_least("concentration_init", concentration_init, MIN_CONCENTRATION)
 
-    @nir.full_precision
-    def similarity(self, embeddings, generator=None):
-        """Similarity of the embeddings (B, D) and every class: (B, C)."""
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.proxies.shape[1]:
-            raise UserError(f"The embeddings must be (B, {self.proxies.shape[1]}), not {tuple(embeddings.shape)}.")
-        # Moved back to the floor where an update took them below. A clamp inside the graph would hold them there for
-        # good: below the floor there is no gradient.
-        self.temperature.data.clamp_(min=MIN_TEMPERATURE)
-        if self.concentrations is not None:
-            self.concentrations.data.clamp_(min=MIN_CONCENTRATION)
-        proxies = self.proxies if self.metric != "l2" else self.concentrations * unit_vectors(self.proxies)
-        return SIMILARITIES[self.metric](embeddings, proxies, self.concentrations, self.samples, self.form, generator,
-                                         self.temperature)
+        self.metric, self.proxy, self.form, self.samples = metric, proxy, form, samples
+        self.stored_length = float(concentration_init)
+        directions = F.normalize(torch.randn(num_classes, dim))
+        self.proxies = nn.Parameter(self.stored_length * directions)
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+        self.concentrations, self.lengths = None, None
+        if metric == "l2":
+            length = concentration_init * math.sqrt(2 * dim / (num_classes + dim))
+            self.lengths = nn.Parameter(torch.full((num_classes, 1), length))
+        elif metric != "cosine":
+            shape = (num_classes, dim if proxy == "nivmf" else 1)
+            self.concentrations = nn.Parameter(torch.full(shape, self.stored_length))
 
     def forward(self, embeddings, labels, generator=None):
         """Loss of embeddings (B, D) with labels (B,) in 0 .. C-1, mean over the batch: a scalar."""
         if labels.shape != embeddings.shape[:1]:
-            raise UserError(f"{tuple(embeddings.shape)} embeddings need one label each, not {tuple(labels.shape)}.")
-        return F.cross_entropy(self.similarity(embeddings, generator) / self.temperature, labels)
+            raise ValueError(f"{tuple(embeddings.shape)} embeddings need one label each, not "
+                             f"{tuple(labels.shape)}")
+        return F.cross_entropy(self.logits(embeddings, generator), labels)
+
+    def logits(self, embeddings, generator=None):
+        """similarity / T, (B, C). The official kernels have T inside instead, for each sample."""
+        if self.form == "official" and self.metric in ("elk", "bhattacharyya"):
+            return self.similarity(embeddings, generator, inner_temperature=self.temperature)
+        return self.similarity(embeddings, generator) / self.temperature
+
+    @nir.full_precision
+    def similarity(self, embeddings, generator=None, inner_temperature=1.0):
+        """Similarity of the embeddings (B, D) and every class: (B, C)."""
+        D = self.proxies.shape[1]
+        if embeddings.dim() != 2 or embeddings.shape[1] != D:
+            raise ValueError(f"embeddings must be (B, {D}), not {tuple(embeddings.shape)}")
+        self.keep_above_floors()
+        similarity = SIMILARITIES[self.metric][self.proxy]
+        mu = unit_vectors(self.proxies)
+        if self.metric == "cosine":
+            return similarity(embeddings, mu)
+        if self.metric == "l2":
+            return similarity(embeddings, mu, self.lengths.squeeze(1))
+        if self.proxy == "vmf":
+            return similarity(embeddings, mu, self.concentrations.squeeze(1))
+        if self.metric == "loglik":
+            return similarity(embeddings, mu, self.concentrations, self.form)
+        return similarity(embeddings, mu, self.concentrations, self.samples, self.form,
+                          inner_temperature, generator)
+
+    def keep_above_floors(self):
+        """Move back to its floor what an update took below it.
+
+        A clamp inside the graph would hold it there for good: below the floor is no gradient.
+        """
+        self.temperature.data.clamp_(min=MIN_TEMPERATURE)
+        for parameter in (self.concentrations, self.lengths):
+            if parameter is not None:
+                parameter.data.clamp_(min=MIN_CONCENTRATION)
 
     @torch.no_grad()
     def warm_start(self, embeddings, labels):
-        """Turn every proxy to the mean embedding (N, D) of its class, labels (N,); a class without any keeps its own."""
-        if labels.shape != embeddings.shape[:1] or embeddings.shape[1:] != self.proxies.shape[1:]:
-            raise UserError(f"warm_start takes embeddings (N, {self.proxies.shape[1]}) and labels (N,), not "
-                            f"{tuple(embeddings.shape)} and {tuple(labels.shape)}.")
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.proxies):
-            raise UserError(f"Labels must lie in 0 .. {len(self.proxies) - 1}, not {labels.min()} .. {labels.max()}.")
-        sums = torch.zeros_like(self.proxies).index_add_(0, labels, embeddings.to(self.proxies))
+        """Turn each proxy to the mean embedding of its class; one without any stays as it is.
+
+        embeddings (N, D), un-normalised, labels (N,). Raises ValueError for other shapes or
+        labels.
+        """
+        C, D = self.proxies.shape
+        if labels.shape != embeddings.shape[:1] or embeddings.shape[1:] != (D,):
+            raise ValueError(f"warm_start takes embeddings (N, {D}) and labels (N,), not "
+                             f"{tuple(embeddings.shape)} and {tuple(labels.shape)}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < C:
+            raise ValueError(f"labels must lie in 0 .. {C - 1}, not {labels.min()} .. "
+                             f"{labels.max()}")
+        sums = torch.zeros_like(self.proxies)
+        sums.index_add_(0, labels, embeddings.to(self.proxies))
         seen = labels.unique()
-        self.proxies[seen] = self.length * unit_vectors(sums[seen])
+        self.proxies[seen] = self.stored_length * unit_vectors(sums[seen])
 
     @torch.no_grad()
     def statistics(self, embeddings):
-        """What the method is about, for the log: mean and spread of the embeddings' norms, temperature, and if there
-        are any, mean concentration (l2: length) and anisotropy (coefficient of variation within a class, mean over the
-        classes)."""
+        """What the method is about, for the log, as {name: float}.
+
+        Mean and deviation of the embeddings' norms; T; the mean concentration (l2: length);
+        the anisotropy, which is a class's deviation of concentrations over their mean, on
+        average.
+        """
         norm = embeddings.norm(dim=1)
-        values = {"norm_mean": norm.mean(), "norm_std": norm.std(correction=0),
-                  "temperature": self.temperature.clamp(min=MIN_TEMPERATURE)}
+        values = {
+            "norm_mean": norm.mean(),
+            "norm_std": norm.std(correction=0),
+            "temperature": self.temperature.clamp(min=MIN_TEMPERATURE),
+        }
+        if self.lengths is not None:
+            values["length"] = self.lengths.clamp(min=MIN_CONCENTRATION).mean()
         if self.concentrations is not None:
             K = self.concentrations.clamp(min=MIN_CONCENTRATION)
             values["concentration"] = K.mean()
-            if K.shape[1] > 1:
-                values["anisotropy"] = (K.std(1, correction=0) / K.mean(1)).mean()
+            if self.proxy == "nivmf":
+                variation = K.std(1, correction=0) / K.mean(1)      # (C,)
+                values["anisotropy"] = variation.mean()
         return {name: float(value) for name, value in values.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ the criterion
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_at_least(name, value, least):
+    if not least <= value < math.inf:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
 
 class Criterion(nn.Module):
-    """The loss of a run: that of the probabilistic proxies, + g times ProxyAnchor on the directions of the same proxies
-    (PANC + EL-nivMF) where g, the guidance weight, is not zero."""
+    """The loss of a run: that of the probabilistic proxies, and ProxyAnchor's on the same proxies.
 
-    def __init__(self, proxies, guidance_weight=0.0, proxy_lr=1.0, concentration_lr=1.0, temperature_lr=1.0):
+        L = L_proxies + proxyanchor_weight * L_ProxyAnchor                     "PANC + EL-nivMF"
+
+    The three rates are multiples of the network's learning rate, see `param_groups`.
+    """
+
+    def __init__(self, proxies, proxyanchor_weight=0.0, proxy_lr=1.0, concentration_lr=1.0,
+                 temperature_lr=1.0):
         super().__init__()
-        self.proxies, self.guidance_weight = proxies, guidance_weight
-        self.multiples = {"proxies": proxy_lr, "concentrations": concentration_lr, "temperature": temperature_lr}
-        self.anchor = nir.ProxyAnchor(*proxies.proxies.shape)
-        self.anchor.proxies = proxies.proxies
+        self.proxies, self.proxyanchor_weight = proxies, proxyanchor_weight
+        self.multiples = {
+            "proxies": proxy_lr,
+            "concentrations": concentration_lr,
+            "lengths": concentration_lr,
+            "temperature": temperature_lr,
+        }
+        self.proxyanchor = nir.ProxyAnchor(*proxies.proxies.shape)
+        self.proxyanchor.proxies = proxies.proxies
 
-    def terms(self, embeddings, labels):
-        terms = {self.proxies.metric: self.proxies(embeddings, labels)}
-        if self.guidance_weight:
-            terms["guidance"] = self.guidance_weight * self.anchor(embeddings, labels)
-        return terms
+    def losses(self, embeddings, labels):
+        """The weighted losses, {name: scalar}, whose sum is trained."""
+        losses = {self.proxies.metric: self.proxies(embeddings, labels)}
+        if self.proxyanchor_weight:
+            proxyanchor = self.proxyanchor(embeddings, labels)
+            losses["proxyanchor"] = self.proxyanchor_weight * proxyanchor
+        return losses
 
-    def groups(self, lr):
-        return [{"params": [parameter], "lr": self.multiples[name] * lr}
-                for name, parameter in self.proxies.named_parameters()]
+    def param_groups(self, lr):
+        """Parameter groups for Adam: each parameter learns at its own multiple of `lr`."""
+        groups = []
+        for name, parameter in self.proxies.named_parameters():
+            groups.append({"params": [parameter], "lr": self.multiples[name] * lr})
+        return groups
 
-    def log_values(self, embeddings, labels):
+    def diagnostics(self, embeddings, labels):
         return self.proxies.statistics(embeddings)
 
+    def start_epoch(self, epoch, network, train_split, args, device):
+        """The warm start, before the first epoch: useful norms, and proxies at the class means.
 
-def setup(criterion, network, train_split, args, device):
-    """Before the first epoch: embeddings of a useful norm, since the norm is a concentration; proxies at the class means.
-    The authors' proxies of log-likelihood, L2 and cosine stay at random; from scratch, where they have no settings, all
-    start at the means."""
-    with torch.no_grad():
-        network.embedding.weight.mul_(args.norm_multiplier)
-    if criterion.proxies.metric in ("elk", "bhattacharyya", "kl") or getattr(args, "weights", None) == "none":
-        embeddings = common.embed(network, train_split, args, device, "warm start: images")
-        criterion.proxies.warm_start(embeddings, train_split.labels.to(device))
+        An embedding's norm is a concentration, so the embedding layer's weight is scaled
+        first. The authors leave the proxies of log-likelihood, L2 and cosine at random. From
+        scratch, where they have no settings, all proxies start at the means.
+        """
+        if epoch > 0:
+            return
+        import common
+
+        with torch.no_grad():
+            network.embedding.weight.mul_(args.norm_multiplier)
+        if self.proxies.metric in ("elk", "bhattacharyya", "kl") or args.weights == "none":
+            embeddings = common.embed(network, train_split, args, device, "warm start: images")
+            self.proxies.warm_start(embeddings, train_split.labels.to(device))
 
 
-# ---------------------------------------------------------------------------------------------- how log C_D is computed
+# ------------------------------------------------------------------------ how log C_D is computed
+# The factor that makes a vMF integrate to one is, with the modified Bessel function I of
+# order v = D/2 - 1,
+#
+#     C_D(kappa) = kappa^v / ((2 pi)^(D/2) I_v(kappa))
+#
+# Its logarithm has the derivative -A_D(kappa), where A_D = I_(v+1) / I_v is the length of the
+# vMF's mean vector. Neither can be computed as written. I_v overflows for large kappa and
+# underflows for large D, and in float32 v log kappa - log I_v is a small difference of large
+# numbers.
+#
+# Hence the scaled function F_v(x) = x^-v I_v(x), which stays finite at x = 0. For a large
+# order an expansion by Debye is exact to ten digits and is made of logarithms alone. A low
+# order is reached from a high one by a recurrence. All is in float64, and autograd is told
+# the derivatives instead of differentiating these formulas, which would lose digits.
 
-# Coefficients of the polynomials u_1 .. u_4 of Debye's expansion: u_n(p) = p^n (c_0 + c_1 p^2 + ... + c_n p^(2n)).
+
+def log_vmf_normalizer(kappa, dim):
+    """log C_D(kappa), the log of the factor that makes a vMF integrate to one, for D = `dim`.
+
+        log C_D(kappa) = (D/2 - 1) log kappa - (D/2) log 2 pi - log I_(D/2-1)(kappa)
+
+    kappa: any shape, >= 0. The derivative is -A_D(kappa). Raises ValueError for a dim below
+    2.
+    """
+    log_C, _ = vmf_normalizer(kappa, dim)
+    return log_C.to(kappa.dtype)
+
+
+def mean_resultant_length(kappa, dim):
+    """A_D(kappa) = I_(D/2)(kappa) / I_(D/2-1)(kappa), in [0, 1): a vMF's mean is A_D(kappa) mu."""
+    # Once to float64: the two parts of A_D' nearly cancel, and must meet in that precision.
+    kappa64 = kappa.double()
+    _, A_by_kappa = vmf_normalizer(kappa64, dim)
+    return (kappa64 * A_by_kappa).to(kappa.dtype)
+
+
+def vmf_normalizer(kappa, dim):
+    """log C_D(kappa) and A_D(kappa) / kappa, both in float64 and of kappa's shape."""
+    if dim < 2:
+        raise ValueError(f"dim {dim} is too small: a von Mises-Fisher distribution needs at "
+                         "least 2 dimensions")
+    if kappa.device.type == "mps":
+        raise ValueError("the normaliser of the vMF needs float64, which an MPS device does not "
+                         "have: use the CPU")
+    return VMFNormalizer.apply(kappa.double(), dim)
+
+
+class VMFNormalizer(torch.autograd.Function):
+    """log C_D and s_D = A_D / kappa of kappa (float64), with their derivatives given to autograd.
+
+        d log C_D / d kappa = -A_D = -kappa s_D
+        d s_D     / d kappa = -kappa s_D (s_D - s_(D+2))
+
+    These lose no digits, not even at kappa = 0, where the usual A_D' = 1 - A_D^2 - (D-1) A_D
+    / kappa divides by zero. The backward pass is differentiable itself.
+    """
+
+    @staticmethod
+    def forward(ctx, kappa, dim):
+        log_F, s = scaled_bessel(kappa, dim)
+        ctx.dim = dim
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kappa, s)
+        log_C = -0.5 * dim * math.log(2 * math.pi) - log_F
+        return log_C, s
+
+    @staticmethod
+    def backward(ctx, grad_log_C, grad_s):
+        kappa, s = ctx.saved_tensors
+        grad = torch.zeros_like(kappa)
+        if grad_log_C is not None:
+            grad = grad - grad_log_C * kappa * s
+        if grad_s is not None:
+            _, s_next = VMFNormalizer.apply(kappa, ctx.dim + 2)
+            grad = grad - grad_s * kappa * s * (s - s_next)
+        return grad, None
+
+
+# Coefficients of the polynomials u_1 .. u_4 of Debye's expansion:
+# u_n(p) = p^n (c_0 + c_1 p^2 + ... + c_n p^(2n)).
 DEBYE = [
     [3 / 24, -5 / 24],
     [81 / 1152, -462 / 1152, 385 / 1152],
     [30375 / 414720, -369603 / 414720, 765765 / 414720, -425425 / 414720],
-    [4465125 / 39813120, -94121676 / 39813120, 349922430 / 39813120, -446185740 / 39813120, 185910725 / 39813120]]
-DEBYE_ORDER = 40  # the expansion is used from this order of the Bessel function on, where it is good to nearly 1e-10
+    [4465125 / 39813120, -94121676 / 39813120, 349922430 / 39813120, -446185740 / 39813120,
+     185910725 / 39813120],
+]
+DEBYE_ORDER = 40    # from this order on the expansion is good to nearly 1e-10
 
 
 def scaled_bessel(kappa, dim):
-    """log F_v(kappa) and F_(v+1)(kappa) / F_v(kappa), where F_v(x) = x^-v I_v(x), v = dim/2 - 1 and I is the modified
-    Bessel function. kappa: float64, any shape, >= 0. Unlike I_v itself, F_v neither vanishes nor blows up at kappa = 0.
+    """log F_v(kappa) and F_(v+1)(kappa) / F_v(kappa), where F_v(x) = x^-v I_v(x), v = dim/2 - 1.
 
-    Debye's uniform expansion for large order, with h = sqrt(m^2 + x^2), p = m/h and u_0 = 1, reads
-        F_m(x) = exp(h) (m + h)^-m (2 pi h)^(-1/2) U,            U = sum_n u_n(p) / m^n
-        F_(m+1)(x) / F_m(x) = 1/(m + h) - W / (U h^2),            W = sum_n (u_n(p)/2 + p u_n'(p)) / m^n
-    (the second line is the expansion of I_m'/I_m with the terms that cancel taken out by hand). A low order v is
-    reached from a high one by the recurrence of the ratios s_j = F_j / F_(j-1):  s_j = 1 / (2j + x^2 s_(j+1)).
-    All its terms are positive and it damps errors, so both results keep nearly full precision for every kappa.
+    kappa: float64, any shape, >= 0. The ratio is A_D(kappa) / kappa. Debye's uniform
+    expansion for a large order m, with h = sqrt(m^2 + x^2), p = m/h and u_0 = 1, reads
+
+        F_m(x) = exp(h) (m + h)^-m (2 pi h)^(-1/2) U,         U = sum_n u_n(p) / m^n
+        F_(m+1)(x) / F_m(x) = 1/(m + h) - W / (U h^2),        W = sum_n (u_n(p)/2 + p u_n'(p)) / m^n
+
+    The second line is the expansion of I_m'/I_m, with the terms that cancel taken out by
+    hand. The ratios of neighbours s_j = F_j / F_(j-1) lead from the high order m down to the
+    low order v,
+
+        s_j = 1 / (2j + x^2 s_(j+1)),         log F_(j-1) = log F_j - log s_j
+
+    All terms are positive and errors are damped, so both results keep nearly full precision.
     """
     v = dim / 2 - 1
     steps = max(0, math.ceil(DEBYE_ORDER - v))
     m = v + steps
     h = torch.hypot(kappa, torch.full_like(kappa, m))
-    p = m / h
-    # U = 1 + sum_j a_j p^j and, as p^j / 2 + p (p^j)' = (j + 1/2) p^j, W = 1/2 + sum_j (j + 1/2) a_j p^j.
-    a = [0.0] * 13
-    for n, coefficients in enumerate(DEBYE, start=1):
-        for i, c in enumerate(coefficients):
-            a[n + 2 * i] += c / m ** n
-    U_minus_1, W = torch.zeros_like(p), torch.zeros_like(p)
-    for j in reversed(range(13)):
-        U_minus_1.mul_(p).add_(a[j])
-        W.mul_(p).add_((j + 0.5) * a[j])
-    W += 0.5
-    log_f = h - m * (m + h).log() - 0.5 * (2 * math.pi * h).log() + U_minus_1.log1p()
-    s = 1 / (m + h) - W / ((1 + U_minus_1) * h.square())
+    U_minus_1, W = debye_sums(m / h, m)
+    log_root = 0.5 * (2 * math.pi * h).log()
+    log_F = h - m * (m + h).log() - log_root + U_minus_1.log1p()
+    U = 1 + U_minus_1
+    s = 1 / (m + h) - W / (U * h.square())
     for step in range(steps):
         s = 1 / (2 * (m - step) + kappa.square() * s)
-        log_f -= s.log()
-    return log_f, s
+        log_F -= s.log()
+    return log_F, s
 
 
-class VMFNormalizer(torch.autograd.Function):
-    """kappa (float64) -> log C_D(kappa) and s_D(kappa) = A_D(kappa) / kappa, with their derivatives given to autograd:
-        d log C_D / d kappa = -A_D = -kappa s_D,         d s_D / d kappa = -kappa s_D (s_D - s_(D+2)).
-    Differentiating the formulas of `scaled_bessel` would lose digits; these lose none, also at kappa = 0, where the
-    usual A_D' = 1 - A_D^2 - (D-1) A_D / kappa divides by zero. The backward pass is itself differentiable."""
+def debye_sums(p, m):
+    """U - 1 and W of `scaled_bessel`, for p of any shape.
 
-    @staticmethod
-    def forward(ctx, kappa, dim):
-        log_f, s = scaled_bessel(kappa, dim)
-        ctx.dim = dim
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kappa, s)
-        return -0.5 * dim * math.log(2 * math.pi) - log_f, s
-
-    @staticmethod
-    def backward(ctx, grad_log_c, grad_s):
-        kappa, s = ctx.saved_tensors
-        grad = torch.zeros_like(kappa)
-        if grad_log_c is not None:
-            grad = grad - grad_log_c * kappa * s
-        if grad_s is not None:
-            grad = grad - grad_s * kappa * s * (s - VMFNormalizer.apply(kappa, ctx.dim + 2)[1])
-        return grad, None
+    As polynomials U = 1 + sum_j a_j p^j and, since p^j / 2 + p (p^j)' = (j + 1/2) p^j,
+    W = 1/2 + sum_j (j + 1/2) a_j p^j.
+    """
+    a = [0.0] * 13
+    for n, coefficients in enumerate(DEBYE, start=1):
+        for i, coefficient in enumerate(coefficients):
+            a[n + 2 * i] += coefficient / m ** n
+    U_minus_1 = torch.zeros_like(p)
+    W = torch.zeros_like(p)
+    for j in reversed(range(13)):                       # Horner's scheme
+        U_minus_1.mul_(p).add_(a[j])
+        W.mul_(p).add_((j + 0.5) * a[j])
+    return U_minus_1, W + 0.5
 
 
-def vmf_normalizer(kappa, dim):
-    """log C_D(kappa) and A_D(kappa) / kappa in float64. In float32, (D/2 - 1) log kappa - log I would be a small
-    difference of large numbers, and A_D' for large kappa nothing but rounding error."""
-    if dim < 2:
-        raise UserError(f"A von Mises-Fisher distribution needs at least 2 dimensions, but the dimension is {dim}.")
-    if kappa.device.type == "mps":
-        raise UserError("The normaliser of the vMF needs float64, which an MPS device does not have: use the CPU.")
-    return VMFNormalizer.apply(kappa.double(), dim)
+# ------------------------------------------------------------------------- how a vMF is sampled
+# A sample is z = cos(theta) mu + sin(theta) v. Its angle theta to the mean direction is a
+# random number, drawn by a rejection step that is exact for every D and kappa. v is uniform
+# among the unit vectors orthogonal to mu.
+#
+# The training needs to know how a sample moves with mu and kappa. If mu turns, z turns with
+# it. If kappa grows, theta shrinks so as to keep its quantile. Both derivatives are given to
+# autograd, so the rejection step drops no term of the gradient. (It does where the accepted
+# proposal is differentiated, as in Davidson et al., Hyperspherical Variational Auto-Encoders,
+# 2018: there kappa also decides which proposal is accepted.)
 
-
-def log_vmf_normalizer(kappa, dim):
-    """log C_D(kappa) = (D/2 - 1) log kappa - (D/2) log 2 pi - log I_(D/2-1)(kappa), the log of the factor that makes
-    the vMF density integrate to one. kappa: any shape, >= 0; the derivative is -A_D(kappa). For D = `dim` >= 2."""
-    return vmf_normalizer(kappa, dim)[0].to(kappa.dtype)
-
-
-def mean_resultant_length(kappa, dim):
-    """A_D(kappa) = I_(D/2)(kappa) / I_(D/2-1)(kappa), in [0, 1): the mean of a vMF is A_D(kappa) mu."""
-    kappa64 = kappa.double()  # once, as the two parts of A_D' nearly cancel and must meet in float64
-    return (kappa64 * vmf_normalizer(kappa64, dim)[1]).to(kappa.dtype)
-
-
-# ------------------------------------------------------------------------------------------------- how a vMF is sampled
 
 def sample_vmf(mu, kappa, num_samples, generator=None):
-    """Draw from the vMFs with mean directions mu (B, D), unit vectors, and concentrations kappa (B,) >= 0: (S, B, D).
+    """Draw S = `num_samples` unit vectors from each of B vMFs: (S, B, D).
 
-    z = cos(theta) mu + sin(theta) v, v uniform among the unit vectors orthogonal to mu. theta comes from the rejection
-    step of Wood (Simulation of the von Mises Fisher distribution, 1994), so the samples are exact. They are
-    reparameterised: autograd gets the derivatives of `VMFSample`, and the rejection step drops no term of the gradient.
-    (It does where the accepted proposal is differentiated, as in Davidson et al., Hyperspherical Variational
-    Auto-Encoders, 2018: kappa's influence on which proposal is accepted takes a score-function term there.)
+    mu (B, D) are unit vectors with D >= 2, kappa (B,) >= 0; both get a gradient. Raises
+    ValueError for other shapes, and for a concentration that is not finite.
     """
-    if mu.dim() != 2 or mu.shape[1] < 2 or kappa.shape != mu.shape[:1] or num_samples < 1:
-        raise UserError(f"sample_vmf takes mu (B, D) with D >= 2, kappa (B,) and at least 1 sample, not "
-                        f"{tuple(mu.shape)}, {tuple(kappa.shape)} and {num_samples}.")
+    is_batch = mu.dim() == 2 and mu.shape[1] >= 2
+    if not is_batch or kappa.shape != mu.shape[:1] or num_samples < 1:
+        given = f"{tuple(mu.shape)}, {tuple(kappa.shape)} and {num_samples}"
+        raise ValueError("sample_vmf takes mu (B, D) with D >= 2, kappa (B,) and at least 1 "
+                         f"sample, not {given}")
     return VMFSample.apply(mu, kappa, num_samples, generator)
 
 
-GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(16)          # nodes and weights on [-1, 1]
-
-
 class VMFSample(torch.autograd.Function):
-    """Samples z (S, B, D) and how they move with mu and kappa while still following the vMF. If mu turns, z turns with
-    it; if kappa grows, the angle theta between them shrinks so as to keep its quantile (Figurnov, Mohamed, Mnih:
-    Implicit Reparameterization Gradients, NeurIPS 2018). With dmu.mu = 0 and the log density psi of the angle,
-        dz = (z.mu) dmu - (z.dmu) mu                        the rotation in the plane of mu and dmu
-           + (cos(theta) z - mu) / sin(theta) dtheta        along the great circle through mu and z
+    """Samples z (S, B, D), and how they move with mu and kappa while they still follow the vMF.
+
+    With dmu . mu = 0 and the log density psi of the angle,
+
+        dz = (z . mu) dmu - (z . dmu) mu                        z turns in the plane of mu and dmu
+           + (cos(theta) z - mu) / sin(theta) dtheta            and along the circle through mu
+
         dtheta / dkappa = -int_0^theta (cos t - A_D) exp(psi(t) - psi(theta)) dt
         psi(t) = kappa cos t + (D-2) log sin t + const
-    The integral from 0 to pi vanishes, so minus the one from theta to pi will do as well: on the side of theta taken
-    below, the integrand has one sign and nothing cancels."""
+
+    (Figurnov, Mohamed, Mnih: Implicit Reparameterization Gradients, NeurIPS 2018.)
+    """
 
     @staticmethod
     def forward(ctx, mu, kappa, num_samples, generator):
         D = mu.shape[1]
-        # theta is kept, in float64, not its cosine w: sqrt(1 - w^2) has few digits left where kappa is large.
+        # theta is kept, not its cosine w: sqrt(1 - w^2) has few digits left where kappa is
+        # large.
         theta = sample_angle(kappa.double().expand(num_samples, -1), D, generator)  # (S, B)
-        # Samples around the axis -sign e_1, then the Householder reflection z -> z - 2 a (a.z) / ||a||^2 that takes
-        # this axis to mu; with the sign of mu_1, ||a||^2 = 2 (1 + |mu_1|) is never small.
-        z = torch.randn(num_samples, *mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
-        z[..., 1:] *= (theta.sin() / z[..., 1:].norm(dim=-1)).to(z).unsqueeze(-1)
-        sign = torch.where(mu[:, 0] < 0, -1.0, 1.0).to(z)
+        shape = (num_samples, *mu.shape)
+        z = torch.randn(shape, dtype=mu.dtype, device=mu.device, generator=generator)
+
+        # First around the axis -sign e_1: the other coordinates are v, of length sin(theta).
+        sign = torch.where(mu[:, 0] < 0, -1.0, 1.0).to(z)                           # (B,)
+        scale = theta.sin() / z[..., 1:].norm(dim=-1)
+        z[..., 1:] *= scale.to(z).unsqueeze(-1)
         z[..., 0] = -sign * theta.cos()
+
+        # Then the Householder reflection z -> z - 2 a (a . z) / ||a||^2, which takes that
+        # axis to mu. With this sign, ||a||^2 = 2 (1 + |mu_1|) is never small.
         a = mu.clone()
         a[:, 0] += sign
-        z -= (z * a).sum(-1, keepdim=True) * (a / (1 + mu[:, :1].abs()))
+        half_square = 1 + mu[:, :1].abs()
+        z -= (z * a).sum(-1, keepdim=True) * (a / half_square)
         ctx.save_for_backward(mu, kappa, theta, z)
         return z
 
@@ -418,132 +697,227 @@ class VMFSample(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         mu, kappa, theta, z = ctx.saved_tensors
-        D = mu.shape[1]
-        cosine = theta.cos()
-        along_z, along_mu = (grad * z).sum(-1), (grad * mu).sum(-1)  # (S, B)
-        grad_mu = (cosine.to(grad).unsqueeze(-1) * grad - along_mu.unsqueeze(-1) * z).sum(0)
-        # Gauss-Legendre over ten standard deviations or up to the pole; psi'' = -sqrt((D-2)^2 + 4 kappa^2) at the mode.
-        # 16 nodes give the integral to about 1e-8.
-        k = kappa.double()
-        mean_cosine = mean_resultant_length(k, D)
-        outward = cosine < mean_cosine
-        span = torch.where(outward, math.pi - theta, theta).minimum(10 * ((D - 2) ** 2 + 4 * k ** 2) ** -0.25)
-        nodes, weights = (torch.from_numpy(array).to(theta) for array in GAUSS_LEGENDRE)
-        t = theta.unsqueeze(-1) + torch.where(outward, span, -span).unsqueeze(-1) * (nodes + 1) / 2  # (S, B, 16)
-        psi = k[:, None] * (t.cos() - cosine.unsqueeze(-1)) + (D - 2) * (t.sin() / theta.sin().unsqueeze(-1)).log()
-        dtheta = -((t.cos() - mean_cosine[:, None]).abs() * psi.exp()) @ (weights / 2) * span
-        grad_kappa = ((cosine * along_z - along_mu) / theta.sin() * dtheta).sum(0)
-        return grad_mu, grad_kappa.to(kappa), None, None
+        cos = theta.cos()                                                           # (S, B)
+        along_z = (grad * z).sum(-1)
+        along_mu = (grad * mu).sum(-1)
+        grad_mu = cos.to(grad).unsqueeze(-1) * grad                                 # (S, B, D)
+        grad_mu = grad_mu - along_mu.unsqueeze(-1) * z
+        dtheta = angle_derivative(theta, kappa.double(), mu.shape[1])               # (S, B)
+        grad_kappa = (cos * along_z - along_mu) / theta.sin() * dtheta
+        return grad_mu.sum(0), grad_kappa.sum(0).to(kappa), None, None
+
+
+GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(16)    # nodes and weights on [-1, 1]
+
+
+def angle_derivative(theta, kappa, D):
+    """dtheta / dkappa of `VMFSample`, for angles theta (S, B) and kappa (B,), both float64.
+
+    The integral from 0 to pi vanishes, so minus the integral from theta to pi will do as
+    well. On the side of theta taken here the integrand has one sign, and nothing cancels. It
+    is computed by Gauss-Legendre over ten standard deviations, or up to the pole; at the mode
+    of the angle, psi'' = -sqrt((D-2)^2 + 4 kappa^2). 16 nodes give it to about 1e-8.
+    """
+    cos = theta.cos()
+    mean_cosine = mean_resultant_length(kappa, D)                       # A_D, (B,)
+    outward = cos < mean_cosine
+    to_pole = torch.where(outward, math.pi - theta, theta)
+    deviation = ((D - 2) ** 2 + 4 * kappa ** 2) ** -0.25
+    span = to_pole.minimum(10 * deviation)                              # (S, B)
+    signed_span = torch.where(outward, span, -span)
+
+    nodes, weights = (torch.from_numpy(array).to(theta) for array in GAUSS_LEGENDRE)
+    step = signed_span.unsqueeze(-1) * (nodes + 1) / 2
+    t = theta.unsqueeze(-1) + step                                                  # (S, B, 16)
+    cos_t = t.cos()
+    log_sine = (t.sin() / theta.sin().unsqueeze(-1)).log()
+    cos_rise = cos_t - cos.unsqueeze(-1)
+    psi = kappa.unsqueeze(-1) * cos_rise + (D - 2) * log_sine           # psi(t) - psi(theta)
+    integrand = (cos_t - mean_cosine.unsqueeze(-1)).abs() * psi.exp()
+    return -(integrand @ (weights / 2)) * span
 
 
 def sample_angle(kappa, D, generator):
-    """Wood's rejection step for kappa of any shape, in t = tan(theta/2)^2, where no difference of near-equal numbers
-    is left. He proposes t = b y with y = e / (1 - e), e ~ Beta((D-1)/2, (D-1)/2). That is y = exp(2 asinh x) where
-    sqrt(D-1) x follows Student's t with D-1 degrees of freedom, which takes two uniform numbers (Bailey, Polar
-    Generation of Random Variates with the t-Distribution, 1994). With w = cos(theta) = (1-t) / (1+t) and
-    x0 = (1-b) / (1+b) it is accepted if log u <= kappa (w - x0) + (D-1) log((1 - x0 w) / (1 - x0^2)): at least 65 %
-    of the proposals, whatever D and kappa."""
+    """Angles theta between samples and mean direction, one for each kappa, of any shape.
+
+    This is the rejection step of Wood (Simulation of the von Mises Fisher distribution, 1994)
+    in t = tan(theta/2)^2, where no difference of near-equal numbers is left. He proposes
+
+        t = b y,    y = e / (1 - e),    e ~ Beta((D-1)/2, (D-1)/2)
+
+    With w = cos(theta) = (1-t) / (1+t) and x0 = (1-b) / (1+b) it is accepted if
+
+        log u <= kappa (w - x0) + (D-1) log((1 - x0 w) / (1 - x0^2)),       u uniform in [0, 1)
+
+    which at least 65 % of the proposals are, whatever D and kappa.
+    """
     k = kappa.reshape(-1)
     theta = torch.full_like(k, math.nan)
     pending = torch.arange(len(k), device=k.device)
-    for _ in range(100):  # 8 proposals at once for each pending sample: one or two rounds, and never 100
+    # Eight proposals at once for each pending sample: one or two rounds, and never a hundred.
+    for _ in range(100):
         k_pending = k[pending]
-        b = (D - 1) / (2 * k_pending + (4 * k_pending ** 2 + (D - 1) ** 2).sqrt())
-        u = torch.rand(3, 8, len(pending), dtype=k.dtype, device=k.device, generator=generator)
-        x = (-2 / (D - 1) * (-u[0]).log1p()).expm1().sqrt() * (2 * math.pi * u[1]).cos()
-        y = (2 * x.asinh()).exp()
+        root = (4 * k_pending ** 2 + (D - 1) ** 2).sqrt()
+        b = (D - 1) / (2 * k_pending + root)
+        shape = (3, 8, len(pending))
+        u = torch.rand(shape, dtype=k.dtype, device=k.device, generator=generator)
+        y = beta_ratio(u[0], u[1], D)                                               # (8, pending)
         t = b * y
-        log_accept = 2 * k_pending * (b - t) / ((1 + t) * (1 + b)) + (D - 1) * ((1 + y) * (1 + b) / (2 * (1 + t))).log()
+        w_minus_x0 = 2 * (b - t) / ((1 + t) * (1 + b))
+        ratio = (1 + y) * (1 + b) / (2 * (1 + t))               # (1 - x0 w) / (1 - x0^2)
+        log_accept = k_pending * w_minus_x0 + (D - 1) * ratio.log()
         accepted = u[2].log() <= log_accept
-        first = accepted.byte().argmax(0, keepdim=True)
         done = accepted.any(0)
-        theta[pending[done]] = 2 * t.gather(0, first)[0, done].sqrt().atan()
+        first = accepted.byte().argmax(0, keepdim=True)
+        t_first = t.gather(0, first)[0]                                             # (pending,)
+        theta[pending[done]] = 2 * t_first[done].sqrt().atan()
         pending = pending[~done]
         if not len(pending):
             return theta.view(kappa.shape)
-    raise UserError("Cannot sample: a concentration is not a finite number. If this happens in training, it has "
-                    "diverged: lower the learning rates.")
+    raise ValueError("kappa holds a concentration that is not a finite number, so no sample can "
+                     "be drawn: if this happens in training, lower the learning rates")
 
 
-# ------------------------------------------------------------------------------------------------------- the settings
-# The *_lr are multiples of --lr. Adam moves a number by about its rate: T, from 0.003, by 0.002 a step in the papers'
-# runs; a proxy of length 18 in 512 dimensions turns by 3.6 degrees. norm_multiplier scales the embedding layer's first weights.
+def beta_ratio(u0, u1, D):
+    """y = e / (1 - e) with e ~ Beta((D-1)/2, (D-1)/2), from two uniform numbers.
 
-DEFAULT_FORM = "exact"
-PAPER = dict(batch_size=64, lr=1e-5, lr_gamma=0.1, warmup=0, proxy_lr=5000, concentration_lr=20000, temperature=0.003,
-             temperature_lr=200, samples=5)
-PRESETS = {  # (data set, D) -> EL-nivMF's settings where they differ from PAPER
-    ("cub200", 128): dict(epochs=250, lr_steps=[25, 50], lr_gamma=0.3, concentration_init=6, norm_multiplier=30),
-    ("cub200", 512): dict(epochs=250, lr_steps=[31], concentration_init=18, norm_multiplier=50),
-    ("cars196", 128): dict(epochs=300, lr_steps=[60, 80], proxy_lr=7500, concentration_lr=7500, concentration_init=9,
-                           norm_multiplier=12),
-    ("cars196", 512): dict(epochs=300, lr_steps=[105, 170], lr_gamma=0.2, concentration_init=22, norm_multiplier=10),
+    y = exp(2 asinh x), where sqrt(D-1) x follows Student's t with D-1 degrees of freedom
+    (Bailey, Polar Generation of Random Variates with the t-Distribution, 1994).
+    """
+    log_u = (-u0).log1p()                               # of 1 - u0, which is never 0
+    radius = (-2 / (D - 1) * log_u).expm1().sqrt()
+    x = radius * (2 * math.pi * u1).cos()
+    return (2 * x.asinh()).exp()
+
+
+# ---------------------------------------------------------------------------------- the settings
+# What a run uses where the command line says nothing: one row.
+#
+# EL-nivMF with a pretrained network takes a row of OFFICIAL, by data set and D; what is not
+# listed takes CUB's, and up to D = 128 the row of 128, else of 512. The other cells take the
+# row of the authors' ablation (CUB, D = 512). A network that starts from nothing (--weights
+# none) takes a row of SCRATCH, chosen on validation classes, see RESULTS.md.
+#
+# The three rates are multiples of lr. Adam moves a number by about its rate: T, from 0.003,
+# by 0.002 a step in the papers' runs; a proxy of length 18 in 512 dimensions turns by 3.6
+# degrees. The last but one column scales the first weights of the embedding layer.
+
+COLUMNS = (
+    "epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
+    "proxy_lr", "concentration_lr", "temperature_lr",
+    "temperature", "concentration_init", "norm_multiplier", "samples",
+)
+OFFICIAL = {
+    #            epochs batch lr   steps      gamma warmup  rates: proxy, K, T   T   init norm S
+    "cub200/128":  (250, 64, 1e-5, [25, 50],   0.3, 0, 5000, 20000, 200, 0.003,  6, 30, 5),
+    "cub200/512":  (250, 64, 1e-5, [31],       0.1, 0, 5000, 20000, 200, 0.003, 18, 50, 5),
+    "cars196/128": (300, 64, 1e-5, [60, 80],   0.1, 0, 7500,  7500, 200, 0.003,  9, 12, 5),
+    "cars196/512": (300, 64, 1e-5, [105, 170], 0.2, 0, 5000, 20000, 200, 0.003, 22, 10, 5),
 }
-ABLATION = dict(epochs=50, lr_steps=[], batch_size=106, concentration_lr=50000, concentration_init=10,
-                norm_multiplier=150, temperature=1.0, temperature_lr=500, samples=10)
-ABLATIONS = {  # metric -> settings of the other cells of the ablation (CUB, D = 512) where they differ from ABLATION
-    "elk/nivmf": dict(concentration_init=50), "loglik": dict(temperature=1 / 32, norm_multiplier=1),
-    "cosine": dict(temperature=1 / 256, norm_multiplier=1),
-    "l2": dict(concentration_init=200, norm_multiplier=1)}   # elk/nivmf is for reference: alone, elk takes PRESETS
-# A network that starts from nothing (--weights none, so also toy): other rates, fewer epochs. T, concentration_init and
-# norm_multiplier were chosen for each cell on validation classes: RESULTS.md.
-SCRATCH = dict(batch_size=90, lr=1e-3, epochs=15, lr_steps=[10, 13], lr_gamma=0.3, warmup=0, proxy_lr=100,
-               concentration_lr=200, concentration_init=10, norm_multiplier=40, temperature=0.1, temperature_lr=1, samples=200)
-SCRATCHES = {  # (metric, proxy) -> what differs from SCRATCH
-    ("kl", "nivmf"): dict(norm_multiplier=10),
-    ("loglik", "nivmf"): dict(temperature=0.3, temperature_lr=3, concentration_init=30, concentration_lr=600, proxy_lr=300,
-                              norm_multiplier=10),
-    ("loglik", "vmf"): dict(temperature=1.0, temperature_lr=10, norm_multiplier=10),
-    ("cosine", "vmf"): dict(temperature=1 / 8, temperature_lr=1.25, norm_multiplier=10),
-    ("l2", "vmf"): dict(temperature=5.0, temperature_lr=20, concentration_init=15, concentration_lr=10, proxy_lr=10,
-                        norm_multiplier=3),
+ABLATION = {  # its elk/nivmf is for reference: no command line chooses it by itself
+    #           epochs batch lr  steps gamma warmup  rates: proxy, K, T   T      init norm S
+    "elk/nivmf":     (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      50, 150, 10),
+    "elk/vmf":       (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      10, 150, 10),
+    "bhattacharyya": (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      10, 150, 10),
+    "kl":            (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      10, 150, 10),
+    "loglik":        (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1 / 32,   10,   1, 10),
+    "cosine":        (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1 / 256,  10,   1, 10),
+    "l2":            (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,     200,   1, 10),
+}
+SCRATCH = {
+    #              epochs batch lr  steps   gamma warmup  rates: p, K, T   T  init norm S
+    "elk":           (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 40, 200),
+    "bhattacharyya": (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 40, 200),
+    "kl/nivmf":      (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 10, 200),
+    "kl/vmf":        (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 40, 200),
+    "loglik/nivmf":  (15, 90, 1e-3, [10, 13], 0.3, 0, 300, 600, 3,    0.3,   30, 10, 200),
+    "loglik/vmf":    (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 10,   1.0,   10, 10, 200),
+    "cosine":        (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1.25, 1 / 8, 10, 10, 200),
+    "l2":            (15, 90, 1e-3, [10, 13], 0.3, 0, 10,  10,  20,   5.0,   15,  3, 200),
 }
 
 
 def preset(args):
-    proxy = args.proxy or ("vmf" if args.metric in ("cosine", "l2") else "nivmf")
-    form = args.form or (DEFAULT_FORM if proxy == "nivmf" else "exact")
-    dim = 512 if args.embed_dim > 128 else 128             # what is not listed: CUB, and up to 128 the row of 128, else 512
+    """The row of a run, as a dictionary, with the kind of proxy and the form it takes."""
+    proxy = args.proxy
+    if proxy is None:
+        proxy = "vmf" if args.metric in ("cosine", "l2") else "nivmf"
+    cell = f"{args.metric}/{proxy}"
     if args.weights == "none":
-        settings = {**SCRATCH, **SCRATCHES.get((args.metric, proxy), {})}
-    elif (args.metric, proxy) == ("elk", "nivmf"):
-        settings = {**PAPER, **PRESETS.get((args.dataset, dim), PRESETS["cub200", dim])}
+        row = SCRATCH.get(cell) or SCRATCH[args.metric]
+    elif cell == "elk/nivmf":
+        dim = 512 if args.embed_dim > 128 else 128
+        row = OFFICIAL.get(f"{args.dataset}/{dim}") or OFFICIAL[f"cub200/{dim}"]
     else:
-        settings = {**PAPER, **ABLATION, **ABLATIONS.get(args.metric, {})}
-    return {**settings, "proxy": proxy, "form": form}
+        row = ABLATION.get(cell) or ABLATION[args.metric]
+    return {**dict(zip(COLUMNS, row)), "proxy": proxy, "form": args.form or "exact"}
+
+
+def make_parser():
+    import common
+
+    parser = common.parser(__doc__)
+    add = parser.add_argument_group("EL-nivMF").add_argument
+    number = common.positive(float)
+    add("--metric", choices=SIMILARITIES, default="elk",
+        help="How images and classes are compared. Default: elk.")
+    add("--proxy", choices=("nivmf", "vmf"),
+        help="The classes' distributions. Default: nivmf; for cosine and l2, which know no "
+             "concentration, vmf.")
+    add("--form", choices=FORMS,
+        help="Formulas of nivMF proxies: the density, or the official code's. Default: exact.")
+    add("--proxyanchor_weight", type=common.not_negative(float), default=0.0,
+        help="Weight g of ProxyAnchor, which is added to the loss. Default: 0. The official runs "
+             "have 3 and 5 on CUB for D = 128 and 512, 0.3 and 0.1 on Cars.")
+    add("--proxy_lr", type=number,
+        help="Learning rate of the proxies, as a multiple of --lr. Default: by preset.")
+    add("--concentration_lr", type=number,
+        help="Learning rate of their concentrations, as a multiple of --lr. Default: by preset.")
+    add("--temperature_lr", type=number,
+        help="Learning rate of T, as a multiple of --lr. Default: by preset.")
+    add("--temperature", type=number, help="First value of T. Default: by preset.")
+    add("--concentration_init", type=number,
+        help="First concentrations, and length of the stored proxies. Default: by preset.")
+    add("--norm_multiplier", type=number,
+        help="Scales the first embeddings, whose norms are concentrations. Default: by preset.")
+    add("--samples", type=common.positive(int),
+        help="S, the Monte-Carlo samples of each image. Default: by preset.")
+    return parser
 
 
 def main(argv=None):
-    papers = {f"{name}/{dim}": {**PAPER, **row} for (name, dim), row in PRESETS.items()}
-    papers |= {"ablation": {**PAPER, **ABLATION}, **{f"..{metric}": row for metric, row in ABLATIONS.items()}}
-    scratch = {"elk": SCRATCH, **{f"..{'/'.join(cell)}": row for cell, row in SCRATCHES.items()}}
-    p = common.parser(__doc__.split("\n\n")[0], "presets of the papers' runs: elk with nivmf proxies by data set/D (others: as "
-                      "CUB), then the ablation's other cells;\n..metric: only what differs; *_lr are multiples of --lr\n" +
-                      common.aligned(papers) + "\n\npresets from scratch (--weights none, toy)\n" + common.aligned(scratch))
-    add = p.add_argument_group("EL-nivMF").add_argument
-    add("--metric", choices=SIMILARITIES, default="elk", help="default: elk")
-    add("--proxy", choices=("nivmf", "vmf"), help="default: nivmf, for cosine and l2, which know no concentration, vmf")
-    add("--form", choices=FORMS, help=f"of nivMF proxies; released: the authors' formulas (default: {DEFAULT_FORM})")
-    add("--guidance_weight", type=common.not_negative(float), default=0.0,
-        help="weight g of ProxyAnchor (default: 0; released: CUB 3 and 5 for D = 128 and 512, Cars 0.3 and 0.1)")
-    number = common.positive(float)
-    for name, what in (("proxy_lr", "multiple of --lr for the proxies"), ("concentration_lr", "... concentrations"),
-                       ("temperature_lr", "... temperature"), ("temperature", "T's first value"),
-                       ("concentration_init", "first concentrations and length of proxies"),
-                       ("norm_multiplier", "scales the first embeddings, whose norms are concentrations")):
-        add(f"--{name}", type=number, help=f"{what} (default: by preset)")
-    add("--samples", type=common.positive(int), help="S, Monte-Carlo samples per image (default: by preset)")
-    args = common.parse(p, preset, argv)
+    import common
 
-    def criterion(num_classes):
-        proxies = ProbabilisticProxies(num_classes, args.embed_dim, args.metric, args.proxy, args.form,
-                                       args.samples, args.temperature, args.concentration_init)
-        return Criterion(proxies, args.guidance_weight, args.proxy_lr, args.concentration_lr, args.temperature_lr)
-    criterion(1)                                  # options without a sense together are named before any download
-    form = f"-{args.form}" if args.proxy == "nivmf" else ""
-    guidance = f"-g{args.guidance_weight:g}" if args.guidance_weight else ""
-    common.train(args, criterion, f"{args.dataset}-{args.metric}-{args.proxy}{form}{guidance}-seed{args.seed}", setup)
+    def fixed(args):
+        floors = {"min_concentration": MIN_CONCENTRATION, "min_temperature": MIN_TEMPERATURE}
+        return {**floors, **common.defaults(nir.ProxyAnchor)}
+
+    args = common.parse(make_parser(), preset, argv, fixed)
+
+    def make_criterion(num_classes):
+        proxies = ProbabilisticProxies(
+            num_classes,
+            args.embed_dim,
+            metric=args.metric,
+            proxy=args.proxy,
+            form=args.form,
+            samples=args.samples,
+            temperature=args.temperature,
+            concentration_init=args.concentration_init,
+        )
+        return Criterion(proxies, args.proxyanchor_weight, args.proxy_lr, args.concentration_lr,
+                         args.temperature_lr)
+
+    common.check_options(make_criterion)
+    name = f"{args.dataset}-{args.metric}-{args.proxy}"
+    if args.proxy == "nivmf":
+        name += f"-{args.form}"
+    if args.proxyanchor_weight:
+        name += f"-g{args.proxyanchor_weight:g}"
+    common.train(args, make_criterion, f"{name}-seed{args.seed}")
 
 
 if __name__ == "__main__":
+    import common
+
     common.command(main)

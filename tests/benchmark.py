@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import common                                             # before torch: see data.py's first lines
+import common
 import numpy as np
 import scipy.spatial
 import scipy.special
@@ -136,7 +136,8 @@ def loop_flow(flow, psi, rho):
 
 def loop_prob(module, embeddings, labels):
     """The loss of ProbabilisticProxies image by image; an image's samples are broadcast against all classes."""
-    mu, K, D = prob_dml.unit_vectors(module.proxies), module.concentrations, embeddings.shape[1]
+    mu, D = prob_dml.unit_vectors(module.proxies), embeddings.shape[1]
+    K = module.lengths if module.metric == "l2" else module.concentrations
     log_c, losses = prob_dml.log_vmf_normalizer, []
 
     def log_q(z):                                                                               # (S, 1, D) -> (S, C)
@@ -240,7 +241,6 @@ def losses(B=90, C=100, D=512, S=5, repeats=7):
                 continue
             module = prob_dml.ProbabilisticProxies(C, D, metric, proxy, samples=S, temperature=1.0,
                                                    concentration_init=18).to(DEVICE)
-            module.proxy = proxy
             plain = (metric, proxy) == ("elk", "nivmf")
             compare(f"{metric}, {proxy} proxies" + ", the loop with a plain sampler and normaliser" * plain,
                     lambda: module(embeddings, labels),
@@ -263,12 +263,12 @@ def losses(B=90, C=100, D=512, S=5, repeats=7):
 def criterion_seconds(criterion, B, C, D):
     """Seconds of what a training loop adds to the network's own work: the losses, forward and backward, and Adam."""
     embeddings = (20 * torch.randn(B, D, device=DEVICE) / D ** 0.5).requires_grad_()
-    adam = torch.optim.Adam(criterion.groups(1e-3) or [embeddings])
+    adam = torch.optim.Adam(criterion.param_groups(1e-3) or [embeddings])
     labels = torch.arange(B, device=DEVICE) // 2 % C
 
     def step():
         adam.zero_grad()
-        sum(criterion.terms(embeddings, labels).values()).backward()
+        sum(criterion.losses(embeddings, labels).values()).backward()
         adam.step()
     return seconds(step, repeats=10, warm=2)[0]
 
@@ -345,7 +345,7 @@ def network(batch, steps, size=224):
     for what, criterion in (
             ("ProxyAnchor + NIR (proxies, flow, Adam)", nir.NIR(nir.ProxyAnchor(C, 512), 512)),
             ("EL-nivMF (proxies, concentrations, Adam)", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512))),
-            ("EL-nivMF + ProxyAnchor", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512), guidance_weight=5)),
+            ("EL-nivMF + ProxyAnchor", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512), proxyanchor_weight=5)),
             *((name, objectives.Criterion(make(C, 512, "class"), "distance" if name in objectives.MINED else None))
               for name, make in objectives.LOSSES.items())):
         took = criterion_seconds(criterion.to(DEVICE), batch, C, 512)

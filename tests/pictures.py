@@ -28,9 +28,9 @@ def save_distributions(path, size=200):
     mu = F.normalize(torch.tensor([[0.1, 0.2, 0.97]]))
     values = {"vMF": prob_dml.vmf_log_prob(sphere, mu[0], torch.tensor(15.0)).exp(),
               "nivMF": prob_dml.nivmf_log_prob(sphere, mu, torch.tensor([[5.0, 15.0, 10.0]]))[..., 0].exp()}
-    embeddings, proxy = 30 * torch.stack([x, y], dim=2).view(-1, 2), torch.tensor([[15.0, 0.0]])
-    for name, similarity in prob_dml.SIMILARITIES.items():
-        values[name] = similarity(embeddings, proxy, torch.tensor([[15.0]]), 1, "exact", None).view(size, size)
+    embeddings, direction = 30 * torch.stack([x, y], dim=2).view(-1, 2), torch.tensor([[1.0, 0.0]])
+    for name, functions in prob_dml.SIMILARITIES.items():
+        values[name] = functions["vmf"](embeddings, direction, torch.tensor([15.0])).view(size, size)
     tiles = []
     for name, value in values.items():
         on_sphere = name.endswith("MF")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import common                                             # before torch: see data.py's first lines
+import common
 import data
 import evaluate
 import numpy as np
@@ -182,7 +182,7 @@ def main():
     p.add_argument("script", choices=scripts)
     p.add_argument("--views", type=common.positive(int), default=8, help="augmented views of each training image (default: 8)")
     own, argv = p.parse_known_args()
-    common.command.launcher = f"python {os.path.relpath(sys.argv.pop(0))}"       # for advice, and the command in args.json
+    common.LAUNCHER = f"python {os.path.relpath(sys.argv.pop(0))}"       # for advice, and the command in args.json
     sys.argv.remove(own.script)
     sys.argv.insert(0, own.script)
     if own.script != "evaluate.py":                          # which takes its settings from the checkpoint, and real pictures

@@ -61,7 +61,7 @@ def train(photos, out, *argv, main=nir.main):
 
 
 def started(monkeypatch, script, *argv):
-    """What a command line hands to common.train: settings, criterion, name of the run, and its setup if there is one."""
+    """What a command line hands to common.train: settings, criterion, name of the run."""
     caught = []
     monkeypatch.setattr(common, "train", lambda *given: caught.extend(given))
     script.main(list(argv))
@@ -255,11 +255,11 @@ def on(device, module):
 def test_network_and_every_loss_stay_on_a_pretended_gpu(monkeypatch):
     """Fake tensors have a device and a shape, but no values: a CPU tensor among those of a GPU is an error here too."""
     monkeypatch.setattr(prob_dml, "sample_angle", lambda kappa, D, generator: torch.ones_like(kappa))   # loops by values
-    cells = [(metric, "vmf", None) for metric in prob_dml.SIMILARITIES]
+    cells = [(metric, "vmf", "exact") for metric in prob_dml.SIMILARITIES]
     cells += [(metric, "nivmf", form) for metric in ("elk", "bhattacharyya", "kl", "loglik") for form in prob_dml.FORMS]
     with FakeTensorMode():
         made = [nir.NIR(loss(5, 8), 8, form=form) for loss in nir.LOSSES.values() for form in ("nll", "exp")]
-        made += [prob_dml.Criterion(prob_dml.ProbabilisticProxies(5, 8, *cell), guidance_weight=1.0) for cell in cells]
+        made += [prob_dml.Criterion(prob_dml.ProbabilisticProxies(5, 8, *cell), proxyanchor_weight=1.0) for cell in cells]
         labels = torch.zeros(4, dtype=torch.long, device="cuda")
         for arch, criterion in [("resnet50", made[0]), *(("conv4", criterion) for criterion in made)]:
             network = common.Network(arch, 8, 32)
@@ -267,8 +267,8 @@ def test_network_and_every_loss_stay_on_a_pretended_gpu(monkeypatch):
             model = on("cuda", common.Model(network, criterion))
             for dtype in (torch.uint8, torch.float32):
                 images = torch.zeros(4, 3, 32, 32, device="cuda", dtype=dtype)
-                terms, embeddings, _ = model(images, labels)
-                assert all(value.device.type == "cuda" for value in (embeddings, *terms.values()))
+                losses, embeddings, _ = model(images, labels)
+                assert all(value.device.type == "cuda" for value in (embeddings, *losses.values()))
                 assert embeddings.dtype == torch.float32 and embeddings.shape == (4, 8)
         model.criterion.proxies.proxies = torch.nn.Parameter(torch.zeros(5, 8))          # and it would have been noticed
         with pytest.raises(RuntimeError, match="device"):
@@ -402,6 +402,89 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_term_and_keeps_the_check
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] == 1
 
 
+@pytest.mark.parametrize("step", [1, 5])                                           # three steps an epoch
+def test_a_criterions_value_error_becomes_a_sentence_with_epoch_step_and_checkpoint(step, photos, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def losses(self, embeddings, labels):
+        calls.append(1)
+        if len(calls) == step:
+            raise ValueError("kappa is not finite: lower the learning rates")
+        return {"proxy": embeddings.square().mean()}
+    monkeypatch.setattr(nir.NIR, "losses", losses)
+    with pytest.raises(SystemExit) as caught:
+        common.command(lambda: train(photos, tmp_path / "run", "--epochs", 4))
+    epoch, number = divmod(step - 1, 3)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (f"error: kappa is not finite in epoch {epoch + 1}, step {number + 1}: lower the learning "
+                                       f"rates; the last good checkpoint is in {tmp_path / 'run'}\n")
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback():
+    def wrong():
+        raise ValueError("not the user's")
+    with pytest.raises(ValueError, match="not the user's"):
+        common.command(wrong)
+
+
+def test_start_epoch_comes_after_the_warm_ups_freezing_and_before_the_epochs_seed(photos, tmp_path, monkeypatch):
+    """Called in every epoch; what it draws changes no number, and what it freezes stays frozen."""
+    plain = train(photos, tmp_path / "plain", "--epochs", 3, "--warmup", 1)
+    seen = []
+
+    def start_epoch(self, epoch, network, train_split, args, device):
+        trained = [parameter.requires_grad for parameter in network.backbone.parameters()]
+        seen.append((epoch, all(trained), any(trained), len(train_split.images), args.epochs, device.type))
+        common.embed(network, train_split, args, device)                             # a pass over a DataLoader
+        torch.rand(7)
+        if freeze:
+            network.backbone[0].requires_grad_(False)
+    monkeypatch.setattr(nir.NIR, "start_epoch", start_epoch, raising=False)
+    freeze = False
+    assert_same(train(photos, tmp_path / "drawn", "--epochs", 3, "--warmup", 1), plain)
+    assert seen == [(0, False, False, 20, 3, "cpu"), (1, True, True, 20, 3, "cpu"), (2, True, True, 20, 3, "cpu")]
+    freeze = True
+    frozen = train(photos, tmp_path / "frozen", "--epochs", 3, "--warmup", 1)["network"]
+    torch.manual_seed(0)
+    start = common.Network("conv4", 8, 16).state_dict()
+    assert torch.equal(frozen["backbone.0.0.weight"], start["backbone.0.0.weight"])
+    assert not torch.equal(frozen["backbone.1.0.weight"], start["backbone.1.0.weight"])
+
+
+@pytest.mark.parametrize("main, argv, expected", [
+    (nir.main, [], {"ProxyAnchor.margin": 0.1, "ProxyAnchor.alpha": 32.0, "GlowFlow.depth": 8, "GlowFlow.clamp": 2.0}),
+    (nir.main, ["--loss", "softtriple"], {"SoftTriple.centers": 10, "SoftTriple.la": 20.0}),
+    (prob_dml.main, [], {"min_concentration": 0.1, "min_temperature": 1e-3, "ProxyAnchor.alpha": 32.0})])
+def test_what_no_option_changes_is_written_down(main, argv, expected, photos, tmp_path):
+    saved = train(photos, tmp_path, "--epochs", 1, *argv, main=main)
+    for fixed in (json.loads((tmp_path / "args.json").read_text())["fixed"], saved["args"]["fixed"]):
+        assert {name: fixed[name] for name in expected} == expected
+
+
+BORROWED = """
+import sys
+import {name}
+import torch
+embeddings, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+loss = {loss}
+sum(loss.losses(embeddings, labels).values()).backward()
+print(sorted({{"common", "data", "evaluate", "torchvision", "scipy"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("files, loss", [
+    (["nir"], "nir.NIR(nir.ProxyAnchor(3, 8), 8)"),
+    (["prob_dml", "nir"], "prob_dml.Criterion(prob_dml.ProbabilisticProxies(3, 8), 1.0)"),
+    (["objectives", "nir"], "objectives.Objective(objectives.Margin(3), 'distance')")])
+def test_a_script_can_be_borrowed(files, loss, tmp_path):
+    """In a folder of its own it needs torch and numpy alone."""
+    for name in files:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    done = subprocess.run([sys.executable, "-c", BORROWED.format(name=files[0], loss=loss)], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_a_run_never_overwrites_another(photos, tmp_path, monkeypatch):
     train(photos, tmp_path / "run", "--epochs", 1)
     with pytest.raises(UserError, match="already holds a run: resume it with --resume .*last.pt"):
@@ -409,7 +492,7 @@ def test_a_run_never_overwrites_another(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/x", "runs/x-2", "runs/x-3"):
         args = type("Args", (), {"out": None, "resume": None})()
-        assert str(common.run_folder(args, "x")) == name
+        assert str(common.make_run_folder(args, "x")) == name
         (tmp_path / name / "last.pt").touch()
 
 
@@ -420,7 +503,7 @@ def test_runs_of_one_name_that_start_together_have_folders_of_their_own(tmp_path
     def begin(number):
         args = argparse.Namespace(out=None, resume=None, number=number)
         start.wait()
-        return args, common.run_folder(args, "x")
+        return args, common.make_run_folder(args, "x")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         made = list(pool.map(begin, range(8)))
     assert {str(out) for _, out in made} == {"runs/x", *(f"runs/x-{i}" for i in range(2, 9))}
@@ -466,7 +549,7 @@ def test_toy_training_beats_an_untrained_network_by_a_wide_margin(tmp_path):
 
 
 def _nir_parser():
-    p = common.parser("", "")
+    p = common.parser("")
     for option in ("loss", "nir_weight", "nir_form", "nir_noise", "proxy_weight", "proxy_lr", "flow_lr"):
         p.add_argument(f"--{option}", default="proxyanchor" if option == "loss" else None)
     return p, nir.preset
@@ -490,7 +573,7 @@ def test_validation_classes_choose_the_epoch_and_test_classes_make_the_table(pho
 
 
 def test_every_epoch_and_seed_draws_and_augments_anew(photos, tmp_path, monkeypatch):
-    items, drawn, real, terms = [], [], data.Images.__getitem__, nir.NIR.terms
+    items, drawn, real, losses = [], [], data.Images.__getitem__, nir.NIR.losses
 
     def spy(self, item):
         if isinstance(item, tuple):
@@ -498,7 +581,7 @@ def test_every_epoch_and_seed_draws_and_augments_anew(photos, tmp_path, monkeypa
             items.append(item[1])
         return real(self, item)
     monkeypatch.setattr(data.Images, "__getitem__", spy)
-    monkeypatch.setattr(nir.NIR, "terms", lambda *args: drawn.append(torch.rand(()).item()) or terms(*args))
+    monkeypatch.setattr(nir.NIR, "losses", lambda *args: drawn.append(torch.rand(()).item()) or losses(*args))
     saved = [train(photos, tmp_path / str(seed), "--epochs", 2, "--warmup", 2, "--augment", "photo", "--seed", seed)["network"]
              for seed in (0, 1)]
     assert len(items) == 4 * 24 == len(set(items)) and len(drawn) == 4 * 3 == len(set(drawn))
@@ -520,8 +603,8 @@ def test_weight_decay_is_what_was_asked_for(photos, tmp_path):
 
 
 def test_a_stopped_run_with_a_warm_start_goes_on_without_another(photos, tmp_path, monkeypatch):
-    calls, setup, save = [], prob_dml.setup, common.save_file
-    monkeypatch.setattr(prob_dml, "setup", lambda *args: calls.append(1) or setup(*args))
+    calls, warm_start, save = [], prob_dml.ProbabilisticProxies.warm_start, common.save_file
+    monkeypatch.setattr(prob_dml.ProbabilisticProxies, "warm_start", lambda *args: calls.append(1) or warm_start(*args))
     whole = train(photos, tmp_path / "whole", "--epochs", 2, main=prob_dml.main)
 
     def stop(path, content):
@@ -540,7 +623,7 @@ def test_a_stopped_run_with_a_warm_start_goes_on_without_another(photos, tmp_pat
 
 
 def test_the_log_has_the_mean_of_each_term_and_no_share_where_there_is_no_gradient(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(nir.NIR, "terms", lambda self, embeddings, labels: {"proxy": 2 + 0 * embeddings.sum()})
+    monkeypatch.setattr(nir.NIR, "losses", lambda self, embeddings, labels: {"proxy": 2 + 0 * embeddings.sum()})
     row, = train(photos, tmp_path, "--epochs", 1)["history"]
     assert row["proxy"] == 2 and row["grad_share_proxy"] == 0
 
@@ -608,7 +691,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkey
         common.command(lambda: nir.main(argv))
     error = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and message in error[-1] and error[-1].count("error: ") == 1
-    assert error[:-1] in ([], [f"usage: {Path(sys.argv[0]).name} ..."])
+    assert error[:-1] in ([], [f"usage: {Path(sys.argv[0]).name} [options]"])
 
 
 def test_a_broken_image_ends_a_run_with_its_name_also_from_a_worker_process(photos, tmp_path, capsys):
@@ -695,7 +778,6 @@ def test_a_checkpoint_whose_network_is_another_is_refused(trained, tmp_path):
 def test_an_interrupt_before_there_is_a_run_is_one_line(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
-    monkeypatch.setattr(common.command, "folder", None)
     with pytest.raises(SystemExit) as caught:
         common.command(interrupted)
     assert caught.value.code == 130 and "nothing to resume" in capsys.readouterr().err
@@ -775,7 +857,8 @@ def test_help_lists_every_option_with_its_default(capsys):
         nir.main(["--help"])
     shown = capsys.readouterr().out
     assert "nir_weight" in shown
-    assert all("default" in block for block in shown.split("presets (")[0].split("\n  --")[1:] if not block.startswith("resume"))
+    options = shown.split("\nsettings of")[0].split("\n  --")[1:]
+    assert all("Default: " in block for block in options if not block.startswith("resume")) and len(options) > 25
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="set DML_TEST_DATA to a folder with CUB_200_2011 and others")
@@ -807,7 +890,7 @@ class Network(common.Network):
 common.Network = Network
 settings = {settings!r} + ["--epochs", "2", "--warmup", "1"]
 nir.main(settings + ["--out", sys.argv[1] + "/nir", "--nir_form", "nll", "--nir_weight", "0.1"])
-prob_dml.main(settings + ["--out", sys.argv[1] + "/elk", "--guidance_weight", "1"])
+prob_dml.main(settings + ["--out", sys.argv[1] + "/elk", "--proxyanchor_weight", "1"])
 Network.frozen = False
 os.makedirs(sys.argv[1] + "/runs/folder-proxyanchor-baseline-seed0", exist_ok=True)
 os.chdir(sys.argv[1])
@@ -860,7 +943,7 @@ def test_classes_of_one_image_are_refused_before_the_training(tmp_path, monkeypa
         for i in range(2 if c < 2 else 1):                             # 2 classes train, with 0.5 two validate, 4 test
             (tmp_path / f"data/{c}").mkdir(parents=True, exist_ok=True)
             torchvision.utils.save_image(torch.rand(3, 20, 20), tmp_path / f"data/{c}/{i}.png")
-    monkeypatch.setattr(common, "run_folder", lambda *_: pytest.fail("the run has begun"))
+    monkeypatch.setattr(common, "make_run_folder", lambda *_: pytest.fail("the run has begun"))
     with pytest.raises(UserError, match="no test or validation class of .*data has two images"):
         train(tmp_path / "data", tmp_path / "run")
     shutil.copy(tmp_path / "data/7/0.png", tmp_path / "data/7/1.png")                              # one will do

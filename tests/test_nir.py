@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 import common
 import nir
-from data import UserError
 from test_common import started
 
 
@@ -206,11 +205,11 @@ def test_flow_computes_in_float32_under_autocast():
 
 
 def test_flow_needs_two_dimensions():
-    with pytest.raises(UserError, match="two dimensions"):
+    with pytest.raises(ValueError, match="two dimensions"):
         nir.GlowFlow(1, 3)
 
 
-def test_soft_clamp_is_the_released_one():
+def test_soft_clamp_is_the_official_one():
     raw = torch.tensor([[1e9, 7], [1, 7], [0, 7], [-1e9, 7]])
     s, t = nir.GlowFlow(2, 3).blocks[0].scale_shift(lambda x: raw, torch.zeros(4, 1), torch.zeros(4, 3))
     expected = [2 * 0.636 * angle for angle in (math.pi / 2, math.pi / 4, 0, -math.pi / 2)]
@@ -240,17 +239,17 @@ def test_nll_form_is_the_flows_negative_log_likelihood_given_the_own_proxy():
     made = criterion(form="nll", nir_weight=0.5)
     psi, rho = F.normalize(x), F.normalize(made.proxy_loss.proxies)
     expected = -sum(made.flow.log_prob(psi[i:i + 1], rho[y[i]:y[i] + 1]) for i in range(len(x))) / len(x)
-    assert made.terms(x, y)["nir"].item() == pytest.approx(0.5 * expected.item(), rel=1e-12)
+    assert made.losses(x, y)["nir"].item() == pytest.approx(0.5 * expected.item(), rel=1e-12)
 
 
-def test_exp_form_is_the_released_exponential_and_weights_the_proxy_loss():
+def test_exp_form_is_the_official_exponential_and_weights_the_proxy_loss():
     x, y = batch(D=6)
     made = criterion(form="exp", proxy_weight=0.0075)
     zeta, log_det = made.flow(F.normalize(x), F.normalize(made.proxy_loss.proxies)[y])
     expected = sum(math.exp(0.5 * (zeta[i] ** 2).sum().item() - log_det[i].item()) for i in range(len(x))) / len(x)
-    terms = made.terms(x, y)
-    assert terms["nir"].item() == pytest.approx(expected, rel=1e-12)
-    assert terms["proxy"].item() == pytest.approx(0.0075 * made.proxy_loss(x, y).item(), rel=1e-12)
+    losses = made.losses(x, y)
+    assert losses["nir"].item() == pytest.approx(expected, rel=1e-12)
+    assert losses["proxy"].item() == pytest.approx(0.0075 * made.proxy_loss(x, y).item(), rel=1e-12)
 
 
 def test_condition_is_the_nearest_centre_of_the_own_class():
@@ -260,14 +259,14 @@ def test_condition_is_the_nearest_centre_of_the_own_class():
     for i in range(len(x)):
         rho.append(max(centres[y[i]], key=lambda centre: centre.detach() @ x[i]))
     expected = -made.flow.log_prob(F.normalize(x), torch.stack(rho)).mean()
-    assert made.terms(x, y)["nir"].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert made.losses(x, y)["nir"].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_both_forms_reach_embeddings_proxies_and_flow():
     for form in ("nll", "exp"):
         x, y = batch(D=6)
         made, x = criterion(form=form), x.requires_grad_()
-        made.terms(x, y)["nir"].backward()
+        made.losses(x, y)["nir"].backward()
         assert x.grad.abs().sum() > 0 and made.proxy_loss.proxies.grad.abs().sum() > 0
         assert all(p.grad.abs().sum() > 0 for p in made.flow.parameters() if p.dim() == 2)
 
@@ -307,25 +306,25 @@ def test_noise_takes_the_gain_from_shrinking_a_class_that_is_smaller_than_it():
 def test_without_a_weight_there_is_no_flow_and_the_loss_is_the_proxy_loss():
     x, y = batch(D=6)
     made = criterion(nir_weight=0)
-    assert list(made.terms(x, y)) == ["proxy"] and made.terms(x, y)["proxy"].equal(made.proxy_loss(x, y))
-    assert sum(len(group["params"]) for group in made.groups(1.0)) == 1
+    assert list(made.losses(x, y)) == ["proxy"] and made.losses(x, y)["proxy"].equal(made.proxy_loss(x, y))
+    assert sum(len(group["params"]) for group in made.param_groups(1.0)) == 1
 
 
 def test_learning_rates_are_multiples_of_the_base_rate():
-    groups = criterion(proxy_lr=4000, flow_lr=50).groups(1e-5)
+    groups = criterion(proxy_lr=4000, flow_lr=50).param_groups(1e-5)
     assert [group["lr"] for group in groups] == pytest.approx([0.04, 5e-4])
     assert all("weight_decay" not in group for group in groups)
 
 
-def test_log_values_are_mean_cosines_to_the_own_proxy_and_between_different_images_of_a_class():
+def test_diagnostics_are_mean_cosines_to_the_own_proxy_and_between_different_images_of_a_class():
     made = nir.NIR(nir.ProxyAnchor(3, 2), 2, nir_weight=0)
     made.proxy_loss.proxies.data = torch.tensor([[1.0, 0], [0, 5], [0, -1]])
     x, y = torch.tensor([[2.0, 0], [0, 3], [1, 1], [0, 2], [1, -1]]), torch.tensor([0, 0, 1, 1, 2])
     half = 0.5 ** 0.5
-    assert made.log_values(x, y) == pytest.approx({"own_proxy_cosine": (1 + 0 + half + 1 + half) / 5, "class_cosine": half / 2})
+    assert made.diagnostics(x, y) == pytest.approx({"own_proxy_cosine": (1 + 0 + half + 1 + half) / 5, "class_cosine": half / 2})
     many = nir.NIR(nir.SoftTriple(1, 2, centers=2), 2, nir_weight=0)
     many.proxy_loss.proxies.data = torch.tensor([[[0.0, 1], [3, 0]]])
-    assert many.log_values(x[[0, 2]], y[[0, 0]])["own_proxy_cosine"] == pytest.approx((1 + half) / 2)       # the nearest centre
+    assert many.diagnostics(x[[0, 2]], y[[0, 0]])["own_proxy_cosine"] == pytest.approx((1 + half) / 2)       # the nearest centre
 
 
 def test_inverse_and_choice_of_the_centre_are_in_float32_under_autocast():
@@ -334,8 +333,8 @@ def test_inverse_and_choice_of_the_centre_are_in_float32_under_autocast():
     made.proxy_loss.proxies.data = torch.tensor([[[math.cos(0.02), math.sin(0.02), 0, 0], [1, 0, 0, 0]]])   # bfloat16: a tie
     z, cond = torch.randn(3, 4), torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = made.terms(x, y)["nir"], made.flow.inverse(z, cond)
-    assert all(map(torch.equal, inside, (made.terms(x, y)["nir"], made.flow.inverse(z, cond))))
+        inside = made.losses(x, y)["nir"], made.flow.inverse(z, cond)
+    assert all(map(torch.equal, inside, (made.losses(x, y)["nir"], made.flow.inverse(z, cond))))
 
 
 # -------------------------------------------------------------------------------------------------------- presets
@@ -350,7 +349,7 @@ PAPER = dict(batch_size=90, lr=1e-5, lr_steps=[], warmup=1, proxy_lr=4000, flow_
     ("sop", None, dict(epochs=300, proxy_weight=0.3, lr_steps=[140, 230], lr_gamma=0.2, warmup=5, flow_lr=1)),
     ("cub200", 0, dict(epochs=100, proxy_weight=1.0, proxy_lr=2000, warmup=0)),
     ("sop", 0, dict(epochs=300, proxy_weight=1.0, lr_steps=[140, 230], lr_gamma=0.2, proxy_lr=2000, warmup=0, flow_lr=1))])
-def test_presets_are_the_released_settings_field_by_field(dataset, nir_weight, expected):
+def test_presets_are_the_official_settings_field_by_field(dataset, nir_weight, expected):
     for dim in (128, 512):
         args = argparse.Namespace(dataset=dataset, arch="resnet50", weights="imagenet", embed_dim=dim, nir_weight=nir_weight)
         given = nir.preset(args)
@@ -382,12 +381,12 @@ def test_nir_acts_fades_and_pulls_as_the_gradient_shares_say():
         adam = torch.optim.Adam([{"params": [x, made.proxy_loss.proxies], "lr": 0.03},
                                  {"params": made.flow.parameters(), "lr": 1e-3}])
         for _ in range(200):
-            terms = made.terms(x, y)
+            losses = made.losses(x, y)
             adam.zero_grad()
-            sum(terms.values()).backward()
+            sum(losses.values()).backward()
             adam.step()
-        share[form] = common.gradient_shares(made.terms(x, y), x)["grad_share_nir"]
-        spread[form] = 1 - made.log_values(x.detach(), y)["class_cosine"]
+        share[form] = common.gradient_shares(made.losses(x, y), x)["grad_share_nir"]
+        spread[form] = 1 - made.diagnostics(x.detach(), y)["class_cosine"]
     assert share["exp"] < 0.01 < 0.3 < share["nll"]
     assert spread["nll"] < 0.5 * spread["exp"]
 
@@ -399,7 +398,7 @@ def test_nirs_options_reach_the_criterion(loss, monkeypatch):
     made = criterion(7)
     assert type(made.proxy_loss) is nir.LOSSES[loss] and made.proxy_loss.proxies.shape[0] == 7
     assert (made.form, made.nir_weight, made.noise, made.proxy_weight) == ("exp", 0.7, 0.3, 0.2)
-    assert [group["lr"] for group in made.groups(0.1)] == pytest.approx([0.3, 0.5])
+    assert [group["lr"] for group in made.param_groups(0.1)] == pytest.approx([0.3, 0.5])
     assert name == f"toy-{loss}-exp0.7-seed0"
 
 
@@ -417,8 +416,13 @@ def test_negative_noise_and_proxy_weight_are_named(capsys):
         assert f"{option}: -1 is not at least 0" in capsys.readouterr().err
 
 
-def test_help_shows_toys_own_noise(capsys):
-    with pytest.raises(SystemExit):
-        nir.main(["--help"])
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()}
-    assert rows["nir_noise"][-2:] == ["0.0", "0.1"] and "[140,230]" in rows["lr_steps"]             # scratch, toy; a cell each
+def test_help_shows_the_settings_of_what_is_named_beside_it(capsys):
+    for argv, noise, epochs, weight in (([], "0.0", "100", "0.0075"), (["--dataset", "toy"], "0.1", "15", "1.0"),
+                                        (["--dataset", "sop"], "0.0", "300", "0.3"),
+                                        (["--dataset", "sop", "--nir_weight", "0", "--epochs", "7"], "0.0", "7", "1.0")):
+        with pytest.raises(SystemExit, match="^0$"):
+            nir.main([*argv, "--help"])
+        lines = capsys.readouterr().out.split("\nsettings of")[1].splitlines()[1:]
+        rows = dict(line.split(maxsplit=1) for line in lines)
+        assert (rows["nir_noise"], rows["epochs"], rows["proxy_weight"]) == (noise, epochs, weight)
+        assert (rows["ProxyAnchor.margin"], rows["ProxyAnchor.alpha"], rows["GlowFlow.num_blocks"]) == ("0.1", "32.0", "5")

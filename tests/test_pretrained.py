@@ -34,7 +34,7 @@ def trained(tmp_path, monkeypatch):
     argv = ["pretrained.py", "nir.py", "--views", "3", "--dataset", "folder", "--data_root", "photos", "--weights", "weights.pth",
             "--image_size", "64", "--embed_dim", "8", "--epochs", "2", "--workers", "0", "--device", "cpu", "--out", "run"]
     monkeypatch.setattr("sys.argv", argv)
-    monkeypatch.setattr(common.command, "launcher", "python")
+    monkeypatch.setattr(common, "LAUNCHER", "python")
     real = data.Images
     pretrained.main()
     return network.eval(), real
@@ -74,7 +74,7 @@ def test_training_moves_the_last_stages_alone_and_pictures_give_what_the_feature
 def test_a_run_tells_how_to_repeat_and_how_to_show_it(trained):
     command = json.loads(Path("run/args.json").read_text())["command"]
     assert command.startswith("python pretrained.py nir.py --views 3 --dataset folder") and command.endswith("--out run")
-    assert common.command.launcher == "python pretrained.py"             # of `python pretrained.py evaluate.py --checkpoint ...`
+    assert common.LAUNCHER == "python pretrained.py"             # of `python pretrained.py evaluate.py --checkpoint ...`
 
 
 def test_weights_and_clean_images_are_asked_for(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_weights_and_clean_images_are_asked_for(tmp_path, monkeypatch):
     for more in (["--dataset", "toy", "--weights", "x.pth"], ["--dataset", "folder", "--weights", "x.pth", "--corrupt"],
                  ["--arch", "conv4"], ["--dataset", "folder"]):
         monkeypatch.setattr("sys.argv", ["pretrained.py", "nir.py", "--device", "cpu", *more])
-        monkeypatch.setattr(common.command, "launcher", "python")
+        monkeypatch.setattr(common, "LAUNCHER", "python")
         with pytest.raises(UserError, match="give these, and leave --dataset toy and --corrupt out"):
             pretrained.main()
 

@@ -148,24 +148,29 @@ def test_nivmf_is_the_vmf_where_all_concentrations_are_equal(dim):
 def test_nivmf_is_the_formula_for_any_leading_shape(dtype, tolerance):
     z, mu = directions(2, 3, 512), directions(4, 512, seed=1)
     K = 0.1 + 50 * torch.rand(4, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for form, metric in (("exact", "elk"), ("exact", "loglik"), ("released", "elk"), ("released", "loglik")):
-        actual = nivmf_log_prob(z.to(dtype), mu.to(dtype), K.to(dtype), form, metric)
+    for form in ("exact", "official", "official log-likelihood"):
+        given = z.to(dtype), mu.to(dtype), K.to(dtype)
+        is_loglik = form == "official log-likelihood"
+        actual = prob_dml.official_log_likelihood(*given) if is_loglik else nivmf_log_prob(*given, form)
         assert actual.shape == (2, 3, 4)
         for c in range(4):
             Kz, Kmu = K[c] * z, K[c] * mu[c]
             log_p = log_vmf_normalizer(Kmu.norm(), 512) + K[c].log().sum()
-            log_p = log_p + (z * Kmu).sum(-1) if (form, metric) == ("released", "elk") else (
+            log_p = log_p + (z * Kmu).sum(-1) if form == "official" else (
                 log_p + (Kz * Kmu).sum(-1) / Kz.norm(dim=-1))
             log_p = log_p - (512 * Kz.norm(dim=-1).log() if form == "exact" else Kmu.norm().log())
             torch.testing.assert_close(actual[..., c].double(), log_p, rtol=1e-7, atol=tolerance)
 
 
-def test_released_forms_do_not_integrate_to_one():
+def test_official_forms_do_not_integrate_to_one():
     z, weights = quadrature(3, n=600)
     mu = torch.cat([torch.eye(3, dtype=torch.float64), directions(3, 3)])
 
     def integral(metric, *K):
-        return weights @ nivmf_log_prob(z, mu, double(*K).expand(6, 3), "released", metric).exp()
+        K = double(*K).expand(6, 3)
+        if metric == "loglik":
+            return weights @ prob_dml.official_log_likelihood(z, mu, K).exp()
+        return weights @ nivmf_log_prob(z, mu, K, "official").exp()
 
     # K = k I, the log-likelihood's: D log k - log k is k^2 too much on the sphere.
     np.testing.assert_allclose(integral("loglik", 5, 5, 5), 25, rtol=1e-8)
@@ -287,7 +292,7 @@ def test_reparameterised_gradient_of_a_curved_function_matches_quadrature():
 
 @pytest.mark.parametrize("kappa", [math.nan, math.inf])
 def test_sampling_a_concentration_that_is_not_finite_ends_with_an_error(kappa):
-    with pytest.raises(UserError, match="not a finite number"):
+    with pytest.raises(ValueError, match="not a finite number"):
         sample_vmf(directions(2, 4), double(1, kappa), 3)
 
 
@@ -309,8 +314,14 @@ def test_a_zero_vector_gets_the_first_axis_and_a_short_one_its_own_direction():
 
 # ---------------------------------------------------------------------------------------------- the similarities
 
-def similarity(metric, e, rho, concentration, samples=1, form="exact", seed=0):
-    return SIMILARITIES[metric](e, rho, concentration, samples, form, torch.Generator().manual_seed(seed))
+def similarity(metric, e, rho, concentration, proxy="vmf", samples=1, form="exact", seed=0):
+    """Of embeddings e and classes in the directions of rho, by the function of a cell."""
+    function, mu = SIMILARITIES[metric][proxy], unit_vectors(rho)
+    if proxy == "vmf":
+        return function(e, mu, concentration)
+    if metric == "loglik":
+        return function(e, mu, concentration, form)
+    return function(e, mu, concentration, samples, form, generator=torch.Generator().manual_seed(seed))
 
 
 def integrand(metric, log_p, log_q):
@@ -328,7 +339,7 @@ def test_similarity_of_two_vmfs_in_closed_form_matches_quadrature(metric, dim):
     log_q = vmf_log_prob(z[:, None], unit_vectors(rho), k)[:, None]  # (N, 1, C)
     exact = (weights[:, None, None] * integrand(metric, log_p, log_q)).sum(0)
     exact = exact if metric == "kl" else exact.log()
-    torch.testing.assert_close(similarity(metric, e, rho, k[:, None]), exact, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(similarity(metric, e, rho, k), exact, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -348,7 +359,7 @@ def test_similarity_of_a_vmf_and_a_nivmf_matches_quadrature_within_its_standard_
     else:
         mean = exact
     error = (second_moment - mean.square()).clamp_min(0).sqrt() / math.sqrt(samples)
-    estimate = similarity(metric, e, rho, K, samples)
+    estimate = similarity(metric, e, rho, K, "nivmf", samples)
     estimate = estimate if metric == "kl" else estimate.exp()
     assert ((estimate - exact).abs() < 4 * error + 1e-9).all()
     assert (error < 0.1 * exact.abs() + 0.05).all()  # the test can tell
@@ -357,8 +368,9 @@ def test_similarity_of_a_vmf_and_a_nivmf_matches_quadrature_within_its_standard_
 @pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl", "loglik"])
 def test_sampled_similarity_to_isotropic_nivmf_proxies_approaches_the_closed_form(metric):
     e, rho = double(1, 5, 12)[:, None] * directions(3, 16), directions(5, 16, seed=1)
-    k = double(1, 3, 6, 9, 12)[:, None]
-    closed, sampled = similarity(metric, e, rho, k), similarity(metric, e, rho, k.expand(5, 16), samples=20000)
+    k = double(1, 3, 6, 9, 12)
+    closed = similarity(metric, e, rho, k)
+    sampled = similarity(metric, e, rho, k[:, None].expand(5, 16), "nivmf", samples=20000)
     torch.testing.assert_close(sampled, closed, rtol=0, atol=1e-10 if metric == "loglik" else 0.1)
 
 
@@ -366,24 +378,24 @@ def test_cosine_l2_and_loglik_are_their_formulas():
     e, rho = 3 * torch.randn(4, 6, dtype=torch.float64), 2 * torch.randn(5, 6, dtype=torch.float64)
     expected = torch.nn.functional.cosine_similarity(e[:, None], rho, dim=-1)
     torch.testing.assert_close(similarity("cosine", e, rho, None), expected)
-    torch.testing.assert_close(similarity("l2", e, rho, None), -(e[:, None] - rho).square().sum(-1))
+    torch.testing.assert_close(similarity("l2", e, rho, rho.norm(dim=1)), -(e[:, None] - rho).square().sum(-1))
     K = 1 + 5 * torch.rand(5, 6, dtype=torch.float64)
     expected = nivmf_log_prob(unit_vectors(e), unit_vectors(rho), K)
-    torch.testing.assert_close(similarity("loglik", e, rho, K), expected)
+    torch.testing.assert_close(similarity("loglik", e, rho, K, "nivmf"), expected)
 
 
 def test_an_image_is_most_similar_to_the_class_it_points_at_under_every_metric():
     rho = directions(6, 24)
     for metric, proxy in CELLS:
-        concentration = torch.full((6, 24 if proxy == "nivmf" else 1), 20.0, dtype=torch.float64)
-        sim = similarity(metric, 20 * rho, 20 * rho if metric == "l2" else rho, concentration, samples=50)
+        concentration = torch.full((6, 24) if proxy == "nivmf" else (6,), 20.0, dtype=torch.float64)
+        sim = similarity(metric, 20 * rho, rho, concentration, proxy, samples=50)
         assert sim.shape == (6, 6) and torch.equal(sim.argmax(1), torch.arange(6)), (metric, proxy)
 
 
-# ---------------------------------------------------------------------------------------------- the released form
+# ---------------------------------------------------------------------------------------------- the official form
 
-def slow_released_loss(metric, e, labels, proxies, K, T, samples):
-    """The released loss as `papers` have it, image by image, sample by sample, class by class."""
+def slow_official_loss(metric, e, labels, proxies, K, T, samples):
+    """The official loss as `papers` have it, image by image, sample by sample, class by class."""
     D, losses = e.shape[1], []
     for i in range(len(e)):
         k1, mu1, logits = e[i].norm(), e[i] / e[i].norm(), []
@@ -411,10 +423,10 @@ def slow_released_loss(metric, e, labels, proxies, K, T, samples):
 
 @pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl", "loglik"])
 @pytest.mark.parametrize("temperature", [0.2, 3.0])
-def test_released_form_is_the_slow_reference_with_its_gradients(metric, temperature, monkeypatch):
+def test_official_form_is_the_slow_reference_with_its_gradients(metric, temperature, monkeypatch):
     torch.manual_seed(0)
     C, D, B, S = 4, 6, 5, 3
-    module = ProbabilisticProxies(C, D, metric, "nivmf", "released", samples=S, temperature=temperature,
+    module = ProbabilisticProxies(C, D, metric, "nivmf", "official", samples=S, temperature=temperature,
                                   concentration_init=4.0).double()
     module.proxies.data.mul_(torch.rand(C, 1) + 0.5)                           # a length of their own changes nothing
     module.concentrations.data.mul_(0.2 + 2 * torch.rand(C, D))
@@ -435,7 +447,7 @@ def test_released_form_is_the_slow_reference_with_its_gradients(metric, temperat
     gradients = torch.autograd.grad(loss, [e, *module.parameters()])
     x = e.detach().requires_grad_()
     z = real(unit_vectors(x), x.norm(dim=1), S, torch.Generator().manual_seed(3))
-    reference = slow_released_loss(metric, x, labels, leaves[0], leaves[2], leaves[1], z)
+    reference = slow_official_loss(metric, x, labels, leaves[0], leaves[2], leaves[1], z)
     expected = dict(zip(("e", "proxies", "temperature", "concentrations"), torch.autograd.grad(reference, [x, *leaves])))
     assert loss.item() == pytest.approx(reference.item(), rel=1e-10) and len(drawn) == (metric != "loglik")
     for name, gradient in zip(["e", *dict(module.named_parameters())], gradients):
@@ -443,20 +455,21 @@ def test_released_form_is_the_slow_reference_with_its_gradients(metric, temperat
 
 
 def test_forms_agree_at_a_temperature_of_one_where_the_density_does():
-    """EL-nivMF's released form is log mean q / T with T inside; with T = 1 only its density is another."""
+    """EL-nivMF's official form is log mean q / T with T inside; with T = 1 only its density is another."""
     e, rho, K = 5 * directions(3, 6), directions(4, 6, seed=1), 2 + directions(4, 6, seed=2).abs()
-    one = SIMILARITIES["elk"](e, rho, K, 7, "released", torch.Generator().manual_seed(0), torch.tensor(1.0))
+
+    def kernel(T):
+        return prob_dml.elk_nivmf(e, rho, K, 7, "official", torch.tensor(T), torch.Generator().manual_seed(0))
     z = sample_vmf(unit_vectors(e), e.norm(dim=1), 7, torch.Generator().manual_seed(0))
-    expected = nivmf_log_prob(z, rho, K, "released").logsumexp(0) - math.log(7)
-    torch.testing.assert_close(one, expected)
+    expected = nivmf_log_prob(z, rho, K, "official").logsumexp(0) - math.log(7)
+    torch.testing.assert_close(kernel(1.0), expected)
     for T in (0.01, 0.5):                                     # a mean of powers grows with the power
-        inside = SIMILARITIES["elk"](e, rho, K, 7, "released", torch.Generator().manual_seed(0), torch.tensor(T))
-        assert (inside > expected).all()
+        assert (T * kernel(T) > expected).all()
 
 
 def test_form_is_the_default_unless_it_is_named_and_vmf_proxies_have_one():
-    assert ProbabilisticProxies(3, 4).form == prob_dml.DEFAULT_FORM
-    assert ProbabilisticProxies(3, 4, form="released").form == "released"
+    assert ProbabilisticProxies(3, 4).form == "exact"
+    assert ProbabilisticProxies(3, 4, form="official").form == "official"
     for options in (dict(proxy="vmf"), dict(proxy="vmf", form="exact"), dict(metric="l2", proxy="vmf")):
         assert ProbabilisticProxies(3, 4, **options).form == "exact"
 
@@ -466,8 +479,9 @@ def test_form_is_the_default_unless_it_is_named_and_vmf_proxies_have_one():
 def criterion(metric="elk", proxy="nivmf", C=7, D=16, temperature=1.0, seed=0, **options):
     torch.manual_seed(seed)
     module = ProbabilisticProxies(C, D, metric, proxy, temperature=temperature, **options)
-    if module.concentrations is not None:
-        module.concentrations.data.mul_(0.5 + torch.rand_like(module.concentrations))
+    for parameter in (module.concentrations, module.lengths):
+        if parameter is not None:
+            parameter.data.mul_(0.5 + torch.rand_like(parameter))
     return module
 
 
@@ -524,7 +538,7 @@ def test_gradient_of_a_sampled_similarity_by_the_image_matches_quadrature(metric
     exact = (weights[:, None, None] * integrand(metric, log_p, nivmf_log_prob(z, rho, K)[:, None])).sum(0)
     exact = exact if metric == "kl" else exact.log()
     expected, = torch.autograd.grad(exact[0, 0] - exact[0, 1], e)
-    sampled = similarity(metric, e, rho, K, samples=200000)
+    sampled = similarity(metric, e, rho, K, "nivmf", samples=200000)
     actual, = torch.autograd.grad(sampled[0, 0] - sampled[0, 1], e)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.02 * expected.norm().item())
 
@@ -560,8 +574,9 @@ def test_order_of_the_classes_and_of_the_batch_does_not_matter(metric, proxy):
     before = loss_and_gradients(module, e, labels)[0]
     order = torch.randperm(7)
     module.proxies.data = module.proxies.data[order]
-    if module.concentrations is not None:
-        module.concentrations.data = module.concentrations.data[order]
+    for parameter in (module.concentrations, module.lengths):
+        if parameter is not None:
+            parameter.data = parameter.data[order]
     after = loss_and_gradients(module, e, order.argsort()[labels])[0]
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
@@ -579,7 +594,9 @@ def test_a_class_far_away_gets_no_weight_and_is_no_danger(metric, proxy):
     e = 100 * torch.eye(1, 64)
     module.proxies.data = torch.stack([e[0] / 100, -e[0] / 100, e[0] / 100])
     if module.concentrations is not None:
-        module.concentrations.data.fill_(100 if metric == "l2" else 1e4)
+        module.concentrations.data.fill_(1e4)
+    if metric == "l2":
+        module.lengths.data.fill_(100)
     if metric == "cosine":
         module.temperature.data.fill_(1e-3)
     loss, (_, gradient, *_) = loss_and_gradients(module, e, torch.tensor([0]))
@@ -604,7 +621,7 @@ def test_loss_and_gradients_are_finite_for_embeddings_of_any_norm(metric, proxy)
 
 @pytest.mark.parametrize("metric", ["elk", "bhattacharyya", "kl"])
 def test_an_image_exactly_opposite_to_a_proxy_has_a_finite_gradient(metric):
-    e, rho, k = -8 * torch.eye(1, 4), torch.eye(2, 4), torch.full((2, 1), 8.0)  # k1 mu1 + k2 mu2 = 0
+    e, rho, k = -8 * torch.eye(1, 4), torch.eye(2, 4), torch.full((2,), 8.0)  # k1 mu1 + k2 mu2 = 0
     inputs = [tensor.requires_grad_() for tensor in (e, rho, k)]
     sim = similarity(metric, *inputs)
     assert sim.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(sim.sum(), inputs))
@@ -656,9 +673,9 @@ def test_proxies_are_stored_with_the_length_of_the_first_concentration(metric, p
     module.proxies.data.mul_(0.1)                                                        # direction alone counts
     torch.testing.assert_close(loss_and_gradients(module, e, labels)[0], before, rtol=1e-4, atol=1e-4)
     if metric == "l2":           # its length is a parameter of its own, and starts as that of Xavier's normal does
-        assert module.concentrations.shape == (100, 1)
+        assert module.concentrations is None and module.lengths.shape == (100, 1)
         xavier = torch.nn.init.xavier_normal_(torch.empty(100, 512), gain=200.0).norm(dim=1).mean().item()
-        assert module.concentrations.mean().item() == pytest.approx(xavier, rel=0.01)
+        assert module.lengths.mean().item() == pytest.approx(xavier, rel=0.01)
 
 
 def test_concentrations_stay_at_the_floor_or_above_and_can_leave_it():
@@ -694,12 +711,12 @@ def test_statistics_of_norms_concentrations_and_temperature():
 @pytest.mark.parametrize("options, message", [
     (dict(metric="mahalanobis"), "metric must be one of elk"), (dict(proxy="gauss"), "proxy must be one of nivmf"),
     (dict(form="none"), "form must be one of exact"), (dict(metric="cosine"), "use proxy vmf"),
-    (dict(metric="l2"), "use proxy vmf"), (dict(proxy="vmf", form="released"), "vMF proxies have one form"),
+    (dict(metric="l2"), "use proxy vmf"), (dict(proxy="vmf", form="official"), "vMF proxies have one form"),
     (dict(samples=0), "samples must be at least 1"), (dict(dim=1), "dim must be at least 2"),
     (dict(temperature=0.0), "temperature must be"), (dict(concentration_init=-1.0), "concentration_init must be"),
     (dict(temperature=math.nan), "temperature must be"), (dict(num_classes=0), "num_classes must be")])
 def test_bad_options_are_named(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         ProbabilisticProxies(**{"num_classes": 3, "dim": 4} | options)
 
 
@@ -714,7 +731,7 @@ def test_bad_shapes_and_labels_are_named():
                 lambda: sample_vmf(torch.ones(2, 3), torch.ones(2), 0),
                 lambda: nivmf_log_prob(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 2)),
                 lambda: nivmf_log_prob(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 3), "approximate")):
-        with pytest.raises(UserError):
+        with pytest.raises(ValueError):
             bad()
 
 
@@ -734,21 +751,21 @@ def test_class_defaults_are_the_papers():
 
 # --------------------------------------------------------------------------------------------------------- training
 
-def test_guidance_is_proxyanchor_on_the_directions_of_the_same_proxies():
+def test_proxyanchor_is_on_the_directions_of_the_same_proxies():
     torch.manual_seed(0)
     embeddings, labels = 7 * torch.randn(6, 5), torch.tensor([0, 0, 1, 1, 2, 2])
-    made = prob_dml.Criterion(ProbabilisticProxies(3, 5, proxy="vmf"), guidance_weight=0.5)
+    made = prob_dml.Criterion(ProbabilisticProxies(3, 5, proxy="vmf"), proxyanchor_weight=0.5)
     anchor = nir.ProxyAnchor(3, 5)
     anchor.proxies.data.copy_(made.proxies.proxies.data)
-    terms = made.terms(embeddings, labels)
-    assert terms["elk"].item() == pytest.approx(made.proxies(embeddings, labels).item())
-    assert terms["guidance"].item() == pytest.approx(0.5 * anchor(embeddings, labels).item())
-    assert list(prob_dml.Criterion(ProbabilisticProxies(3, 5)).terms(embeddings, labels)) == ["elk"]
+    losses = made.losses(embeddings, labels)
+    assert losses["elk"].item() == pytest.approx(made.proxies(embeddings, labels).item())
+    assert losses["proxyanchor"].item() == pytest.approx(0.5 * anchor(embeddings, labels).item())
+    assert list(prob_dml.Criterion(ProbabilisticProxies(3, 5)).losses(embeddings, labels)) == ["elk"]
 
 
 def test_each_parameter_is_in_one_group_at_its_own_rate():
     made = prob_dml.Criterion(ProbabilisticProxies(3, 5), 1.0, proxy_lr=2, concentration_lr=3, temperature_lr=5)
-    rates = {id(group["params"][0]): group["lr"] for group in made.groups(0.1)}
+    rates = {id(group["params"][0]): group["lr"] for group in made.param_groups(0.1)}
     inner = made.proxies
     assert len(rates) == len(list(made.parameters())) == 3
     assert rates == pytest.approx({id(inner.proxies): 0.2, id(inner.concentrations): 0.3, id(inner.temperature): 0.5})
@@ -773,24 +790,23 @@ CELL = dict(batch_size=106, warmup=0, lr=1e-5, epochs=50, lr_steps=[], proxy_lr=
     ("cub200", 512, "loglik", None, {**CELL, "temperature": 1 / 32, "norm_multiplier": 1, "proxy": "nivmf"}),
     ("cub200", 512, "l2", None, {**CELL, "concentration_init": 200, "norm_multiplier": 1, "proxy": "vmf"}),
     ("cub200", 512, "cosine", None, {**CELL, "temperature": 1 / 256, "norm_multiplier": 1, "proxy": "vmf"})])
-def test_presets_are_the_released_settings_field_by_field(dataset, dim, metric, proxy, expected):
+def test_presets_are_the_official_settings_field_by_field(dataset, dim, metric, proxy, expected):
     args = argparse.Namespace(dataset=dataset, arch="resnet50", weights="imagenet", metric=metric, proxy=proxy, form=None,
-                              embed_dim=dim, guidance_weight=0.0)
+                              embed_dim=dim, proxyanchor_weight=0.0)
     given = prob_dml.preset(args)
-    one_form = given["proxy"] == "vmf"
-    wanted = {"proxy": proxy, **expected, "form": "exact" if one_form else prob_dml.DEFAULT_FORM}
+    wanted = {"proxy": proxy, **expected, "form": "exact"}
     wanted.setdefault("lr_gamma", given["lr_gamma"])                                     # means nothing without steps
     assert given == wanted
-    args.form = "released"
-    assert prob_dml.preset(args)["form"] == "released"                # asked for: where there is one form, an error follows
+    args.form = "official"
+    assert prob_dml.preset(args)["form"] == "official"                # asked for: where there is one form, an error follows
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ("", dict(dataset="cub200", arch="resnet50", metric="elk", guidance_weight=0.0, usual_batch_size=64, batch_size=None)),
+    ("", dict(dataset="cub200", arch="resnet50", metric="elk", proxyanchor_weight=0.0, usual_batch_size=64, batch_size=None)),
     ("--dataset toy", dict(temperature=0.1, concentration_init=10, norm_multiplier=40, samples=200, concentration_lr=200)),
     ("--dataset toy --metric kl", dict(proxy="nivmf", temperature=0.1, concentration_init=10, norm_multiplier=10)),
     ("--dataset toy --metric loglik", dict(temperature=0.3, concentration_init=30, concentration_lr=600)),
-    ("--metric elk --guidance_weight 5 --epochs 7", dict(guidance_weight=5.0, epochs=7))])
+    ("--metric elk --proxyanchor_weight 5 --epochs 7", dict(proxyanchor_weight=5.0, epochs=7))])
 def test_the_command_line_beats_the_preset(monkeypatch, argv, expected):
     given = vars(started(monkeypatch, prob_dml, *argv.split())[0])
     assert {key: given[key] for key in expected} == expected
@@ -799,11 +815,11 @@ def test_the_command_line_beats_the_preset(monkeypatch, argv, expected):
 # The first steps of the papers' runs: what their rates do to what is stored.
 
 @pytest.mark.parametrize("dataset, dim, form", [(dataset, dim, form) for dataset in ("cub200", "cars196")
-                                                for dim in (128, 512) for form in ("exact", "released")])
+                                                for dim in (128, 512) for form in ("exact", "official")])
 def test_first_steps_of_a_papers_run_keep_warm_started_proxies_and_free_the_temperature(dataset, dim, form):
-    """On synthetic embeddings, 100 classes: a step turns no proxy far, T leaves 0.003 and guidance gets its share."""
+    """On synthetic embeddings, 100 classes: a step turns no proxy far, T leaves 0.003 and ProxyAnchor gets its share."""
     args = argparse.Namespace(dataset=dataset, arch="resnet50", weights="imagenet", metric="elk", proxy=None, form=form,
-                              embed_dim=dim, guidance_weight=5.0)
+                              embed_dim=dim, proxyanchor_weight=5.0)
     preset = prob_dml.preset(args)
     torch.manual_seed(0)
     module = ProbabilisticProxies(100, dim, "elk", "nivmf", form, preset["samples"], preset["temperature"],
@@ -814,17 +830,17 @@ def test_first_steps_of_a_papers_run_keep_warm_started_proxies_and_free_the_temp
     embeddings = preset["norm_multiplier"] / 3 * unit_vectors(centres[labels] + 1.5 * torch.randn(1000, dim))
     module.warm_start(embeddings, labels)
     first = unit_vectors(module.proxies.detach())
-    optimizer = torch.optim.Adam(made.groups(preset["lr"]))
+    optimizer = torch.optim.Adam(made.param_groups(preset["lr"]))
     for step in range(90):                                                           # CUB's epoch has 91 batches
         chosen = torch.randperm(100)[:32].repeat_interleave(2) * 10 + torch.randint(10, (64,))
         optimizer.zero_grad()
-        sum(made.terms(embeddings[chosen], labels[chosen]).values()).backward()
+        sum(made.losses(embeddings[chosen], labels[chosen]).values()).backward()
         optimizer.step()
         if step == 0:
             assert (unit_vectors(module.proxies.detach()) * first).sum(1).min() > 0.99
     assert module.temperature > 0.02
     batch = embeddings[chosen].clone().requires_grad_()
-    assert common.gradient_shares(made.terms(batch, labels[chosen]), batch)["grad_share_guidance"] > 0.1
+    assert common.gradient_shares(made.losses(batch, labels[chosen]), batch)["grad_share_proxyanchor"] > 0.1
 
 
 @pytest.mark.parametrize("metric, proxy", CELLS)
@@ -839,10 +855,11 @@ def test_every_cell_trains_from_the_command_line(metric, proxy, tmp_path, capsys
             torchvision.utils.save_image((colour + 0.1 * torch.randn(3, 20, 20, generator=rng)).clamp(0, 1), path)
     prob_dml.main(["--dataset", "folder", "--data_root", str(tmp_path / "photos"), "--arch", "conv4", "--image_size", "16",
                    "--embed_dim", "8", "--batch_size", "8", "--workers", "0", "--device", "cpu", "--epochs", "8",
-                   "--metric", metric, "--proxy", proxy, "--guidance_weight", "0.1", "--out", str(tmp_path / "run")])
+                   "--metric", metric, "--proxy", proxy, "--proxyanchor_weight", "0.1", "--out", str(tmp_path / "run")])
     first, *_, last = csv.DictReader(open(tmp_path / "run/log.csv"))
-    assert {metric, "guidance", f"grad_share_{metric}", "norm_mean", "norm_std", "temperature"} <= last.keys()
-    assert ("anisotropy" in last) == (proxy == "nivmf") and ("concentration" in last) == (metric != "cosine")
+    assert {metric, "proxyanchor", f"grad_share_{metric}", "norm_mean", "norm_std", "temperature"} <= last.keys()
+    assert ("anisotropy" in last) == (proxy == "nivmf") and ("concentration" in last) == (metric not in ("cosine", "l2"))
+    assert ("length" in last) == (metric == "l2")
     assert float(last[metric]) < float(first[metric]) / 10
     changed = [float(first[key]) != float(last[key]) for key in ("temperature", "norm_mean")]
     assert all(changed) and "recall@1" in capsys.readouterr().out
@@ -850,7 +867,7 @@ def test_every_cell_trains_from_the_command_line(metric, proxy, tmp_path, capsys
 
 def test_a_device_without_float64_is_one_sentence():
     kappa = types.SimpleNamespace(device=types.SimpleNamespace(type="mps"))
-    with pytest.raises(UserError, match="needs float64, which an MPS device does not have: use the CPU"):
+    with pytest.raises(ValueError, match="needs float64, which an MPS device does not have: use the CPU"):
         prob_dml.vmf_normalizer(kappa, 8)
 
 
@@ -862,24 +879,25 @@ def test_a_run_starts_as_the_authors_did(metric, proxy):
     before = {name: value.detach().clone() for name, value in network.embedding.named_parameters()}
     images, labels = torch.randint(0, 255, (6, 16, 16), dtype=torch.uint8).numpy(), torch.tensor([0, 0, 1, 1, 2, 2])
     split = data.Split(list(images), labels, ["a", "b", "c"])
-    args = type("Args", (), dict(image_size=16, augment="light", workers=0, norm_multiplier=12.0))
+    args = type("Args", (), dict(image_size=16, augment="light", workers=0, norm_multiplier=12.0, weights="imagenet"))
     criterion = prob_dml.Criterion(ProbabilisticProxies(3, 8, metric, proxy, concentration_init=7.0))
     start = criterion.proxies.proxies.detach().clone()
-    prob_dml.setup(criterion, network, split, args, torch.device("cpu"))
+    criterion.start_epoch(0, network, split, args, torch.device("cpu"))
     assert torch.equal(network.embedding.weight, 12 * before["weight"]) and torch.equal(network.embedding.bias, before["bias"])
     embeddings = common.embed(network, split, args, torch.device("cpu"))
     means = 7 * torch.nn.functional.normalize(embeddings.view(3, 2, 8).sum(1))
     warm = metric in ("elk", "bhattacharyya", "kl")
+    criterion.start_epoch(1, network, split, args, torch.device("cpu"))                  # later epochs change nothing
     torch.testing.assert_close(criterion.proxies.proxies.data, means if warm else start)
     args.weights, args.norm_multiplier = "none", 1.0                                     # from scratch all start there
-    prob_dml.setup(criterion, network, split, args, torch.device("cpu"))
+    criterion.start_epoch(0, network, split, args, torch.device("cpu"))
     torch.testing.assert_close(criterion.proxies.proxies.data, means)
 
 
 def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):
     for argv, message in ((["--metric", "cosine", "--proxy", "nivmf"], "metric cosine knows no concentration"),
-                          (["--proxy", "vmf", "--form", "released"], "vMF proxies have one form"),
-                          (["--guidance_weight", "-1"], "--guidance_weight: -1 is not at least 0")):
+                          (["--proxy", "vmf", "--form", "official"], "vMF proxies have one form"),
+                          (["--proxyanchor_weight", "-1"], "--proxyanchor_weight: -1 is not at least 0")):
         with pytest.raises(SystemExit) as caught:
             common.command(lambda: prob_dml.main(["--dataset", "toy", "--device", "cpu", *argv]))
         assert caught.value.code == 2 and message in capsys.readouterr().err
@@ -896,21 +914,21 @@ def test_what_has_no_row_of_its_own_takes_cubs_and_the_nearest_dimension(script)
 
 
 def test_prob_dmls_options_reach_the_criterion(monkeypatch):
-    _, criterion, name, setup = started(monkeypatch, prob_dml, *(
-        "--dataset toy --metric kl --form released --samples 3 --temperature 0.7 --concentration_init 4 --proxy_lr 2 "
-        "--concentration_lr 3 --temperature_lr 5 --guidance_weight 0.5").split())
+    _, criterion, name = started(monkeypatch, prob_dml, *(
+        "--dataset toy --metric kl --form official --samples 3 --temperature 0.7 --concentration_init 4 --proxy_lr 2 "
+        "--concentration_lr 3 --temperature_lr 5 --proxyanchor_weight 0.5").split())
     made = criterion(7)
     inner = made.proxies
-    assert (inner.metric, inner.form, inner.samples, inner.length, made.guidance_weight) == ("kl", "released", 3, 4, 0.5)
+    assert (inner.metric, inner.form, inner.samples, inner.stored_length, made.proxyanchor_weight) == ("kl", "official", 3, 4, 0.5)
     assert inner.temperature.item() == pytest.approx(0.7) and inner.concentrations.shape == (7, 64)
-    rates = {id(group["params"][0]): group["lr"] for group in made.groups(0.1)}
+    rates = {id(group["params"][0]): group["lr"] for group in made.param_groups(0.1)}
     assert rates == pytest.approx({id(inner.proxies): 0.2, id(inner.concentrations): 0.3, id(inner.temperature): 0.5})
-    assert setup is prob_dml.setup and name == "toy-kl-nivmf-released-g0.5-seed0"
+    assert name == "toy-kl-nivmf-official-g0.5-seed0"
 
 
 def test_the_density_is_the_default_form(monkeypatch):
     assert prob_dml.ProbabilisticProxies(3, 4).form == "exact"
-    _, criterion, name, _ = started(monkeypatch, prob_dml, "--dataset", "toy")
+    _, criterion, name = started(monkeypatch, prob_dml, "--dataset", "toy")
     assert criterion(2).proxies.form == "exact" and name == "toy-elk-nivmf-exact-seed0"
 
 
@@ -933,7 +951,7 @@ def test_preset_of_l2_from_scratch_is_that_of_the_results():
 
 
 def test_el_nivmfs_own_row_of_the_ablation_is_the_published_one():
-    row = {**prob_dml.PAPER, **prob_dml.ABLATION, **prob_dml.ABLATIONS["elk/nivmf"]}
+    row = dict(zip(prob_dml.COLUMNS, prob_dml.ABLATION["elk/nivmf"]))
     assert (row["concentration_init"], row["norm_multiplier"], row["temperature"], row["samples"]) == (50, 150, 1, 10)
 
 
