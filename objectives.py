@@ -1,448 +1,781 @@
-"""The family of objectives in deep metric learning: ranking and classification losses, and the miners that feed them.
+"""The family of objectives in deep metric learning: ranking and classification losses.
 
-They are the older branches of what T. Milbich's tutorial "The Family of Objective Functions in DML" tells, under the
-protocol that made them comparable: "Revisiting Training Strategies and Generalization Performance in Deep Metric
-Learning" (Roth, Milbich, Sinha, Gupta, Ommer, Cohen, ICML 2020), "Revisiting" below.
+They are the older branches of T. Milbich's tutorial "The Family of Objective Functions in
+DML", under the protocol that made them comparable: "Revisiting Training Strategies and
+Generalization Performance in Deep Metric Learning" (Roth, Milbich, Sinha, Gupta, Ommer,
+Cohen, ICML 2020), called "Revisiting" below. Each loss names its own paper.
 
-In reading order: the miners; ranking losses; classification losses; what the trainer needs; the settings; main.
+In reading order: ranking losses; miners, which choose their triplets; classification
+losses; the objective, which is a loss with its miner; the settings; main.
 
-    python objectives.py --dataset toy --loss multisimilarity                 a minute or two on a laptop
-    python objectives.py --dataset cub200 --loss margin --miner distance      the protocol's run: ResNet50, a GPU
+    python objectives.py --dataset toy --loss multisimilarity    built-in characters, minutes
+    python objectives.py --dataset cub200 --loss margin          Revisiting's, on a GPU
+
+    symbol      name in the code
+    e_i         row i of `embeddings` (B, D), as the network gives them
+    z_i         row i of `z`, the same on the unit sphere: e_i / ||e_i||
+    d_ij        `d`, the distance ||z_i - z_j||
+    S_ij        `S`, the cosine similarity z_i . z_j
+    P_i         row i of the mask `positives` (B, B): other images of the class of i
+    N_i         row i of the mask `negatives` (B, B): images of other classes
+    a, p, n     `a`, `p`, `n` (T,), the indices of anchors, positives and negatives
+    y           `labels` (B,), in 0 .. C-1
+    W_c         row c of `proxies` (C, D), the learned vector of class c
+    theta_ic    the angle between e_i and W_c; `cosine` (B, C) is its cosine
+    [x]+        `F.relu`, the larger of x and 0
+
+One step of the training, which `common.train_one_epoch` runs, with `objective` the class
+`Objective` below:
+
+    embeddings = network(images)                        # e, not normalised, (B, D)
+    losses = objective.losses(embeddings, labels)       # {"margin": scalar}
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
 """
 import math
 
-import common                                             # before torch: see data.py's first lines
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import nir
-from data import UserError
 from nir import full_precision
 
-# Throughout: e (B, D) embeddings as the network gives them, z = e / ||e||, S_ij = z_i . z_j, d_ij = ||z_i - z_j||,
-# P_i the other images of i's class in the batch, N_i the images of other classes, [x]+ = max(x, 0).
+# ------------------------------------------------------------------------------ ranking losses
+# forward(embeddings (B, D), labels (B,)) gives the loss, a scalar. Triplet and Margin
+# take the triplets of a miner as well, three index tensors (T,); the others see all pairs.
+#
+# A batch of one class, or of classes with one image each, has nothing to rank. Then the
+# loss is 0, and so is its gradient, but for GenLifted's penalty.
+#
+# A distance has an infinite slope at 0, where two copies of an image are. norm() and
+# cdist() take a slope of 0 there; the official codes add 1e-8 under the root instead.
 
 
 def pair_masks(labels):
-    """(B,) -> (P, N), both (B, B) bool: whether column j is in P_i, in N_i."""
-    same = labels.unsqueeze(0) == labels.unsqueeze(1)
-    return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
+    """Say for each image which others of the batch are its positives and its negatives.
 
-
-# -------------------------------------------------------------------------------------------------------- the miners
-# (embeddings (B, D), labels (B,), generator or None for torch's own) -> anchors, positives, negatives: three index
-# tensors (T,), one triplet for each anchor that has a positive and a negative, so T may be 0. p is uniform in P_a, and
-# the miners differ in n. (Revisiting's random miner draws from the list of all triplets.)
-
-@full_precision
-def distances(embeddings):
-    """d_ij (B, B), without gradient, from one matrix product: in float32 1e-3 off near 0, which no miner minds."""
-    z = F.normalize(embeddings.detach())
-    return (2 - 2 * z @ z.T).clamp(min=1e-12).sqrt()
-
-
-def draw(weights, generator):
-    """A column of each row, in proportion to the weights: (T, B) -> (T,). The one whose exponential clock of that rate
-    rings first, as in torch.multinomial, which refuses T = 0."""
-    return (weights / -torch.rand(weights.shape, device=weights.device, generator=generator).log()).argmax(1)
-
-
-def anchors_positives(labels, generator):
-    """Anchors (T,), a positive for each (T,), and the anchors' rows of the mask N (T, B)."""
-    positive, negative = pair_masks(labels)
-    a = (positive.any(1) & negative.any(1)).nonzero().squeeze(1)
-    return a, draw(positive[a], generator), negative[a]
-
-
-def mine_random(embeddings, labels, generator=None):
-    """Any negative: n uniform in N_a."""
-    a, p, negative = anchors_positives(labels, generator)
-    return a, p, draw(negative, generator)
-
-
-def mine_semihard(embeddings, labels, margin=0.2, generator=None):
-    """A negative in the loss's margin: n uniform in {n in N_a: d_ap < d_an < d_ap + margin}, if that is empty in N_a.
-
-    FaceNet (Schroff, Kalenichenko, Philbin, CVPR 2015), but as in Revisiting d is not squared, though the loss squares.
+    labels (B,) -> positives, negatives: two masks (B, B), whether j is in P_i, in N_i.
     """
-    a, p, negative = anchors_positives(labels, generator)
-    d = distances(embeddings)[a]                                                         # (T, B)
-    d_ap = d.gather(1, p.unsqueeze(1))                                                   # (T, 1)
-    window = negative & (d > d_ap) & (d < d_ap + margin)
-    return a, p, draw(torch.where(window.any(1, keepdim=True), window, negative), generator)
-
-
-def mine_nearest(embeddings, labels, generator=None):
-    """The tutorial's semi-hard: n = argmin {d_an: n in N_a, d_an > d_ap}, if that is empty the farthest in N_a."""
-    a, p, negative = anchors_positives(labels, generator)
-    d = distances(embeddings)[a]                                                         # (T, B)
-    beyond = negative & (d > d.gather(1, p.unsqueeze(1)))
-    nearest, farthest = d.masked_fill(~beyond, math.inf).argmin(1), d.masked_fill(~negative, -1).argmax(1)
-    return a, p, torch.where(beyond.any(1), nearest, farthest)
-
-
-def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
-    """P(n | a), (B, B): negatives drawn evenly over distances, where a uniform draw finds them near sqrt(2) alone.
-
-        P(n | a) ~ 1 / q(max(d_an, lower)) if d_an < upper, else 0         q(d) ~ d^(D-2) (1 - d^2 / 4)^((D-3)/2)
-
-    q is the density of the distance of two random points of the sphere in R^D (Wu, Manmatha, Smola, Kraehenbuehl,
-    "Sampling Matters in Deep Embedding Learning", ICCV 2017). Past sqrt(2) 1 / q rises again, hence `upper`, which
-    Revisiting's code leaves out. A row of no negative below `upper` is uniform over N_a, one of no negative is zero.
-    """
-    negative, d, D = pair_masks(labels)[1], distances(embeddings), embeddings.shape[1]
-    inside, clipped = negative & (d < upper), d.clamp(min=lower)
-    log_weight = (2 - D) * clipped.log() - (D - 3) / 2 * (1 - clipped.square() / 4).clamp(min=1e-8).log()
-    log_weight = torch.where(inside, log_weight, 0.0)                     # where nothing is inside, all are alike
-    allowed = torch.where(inside.any(1, keepdim=True), inside, negative)
-    # At D = 512 the weights of a batch span e^370: softmax subtracts the maximum of each row, so that no row vanishes.
-    return log_weight.masked_fill(~allowed, torch.finfo(d.dtype).min).softmax(1) * allowed
-
-
-def mine_distance(embeddings, labels, lower=0.5, upper=1.4, generator=None):
-    """Distance-weighted: n drawn from `distance_probabilities`."""
-    a, p, _ = anchors_positives(labels, generator)
-    return a, p, draw(distance_probabilities(embeddings, labels, lower, upper)[a], generator)
-
-
-MINERS = {"random": mine_random, "semihard": mine_semihard, "nearest": mine_nearest, "distance": mine_distance}
-
-
-# ---------------------------------------------------------------------------------------------------- ranking losses
-# forward(embeddings (B, D), labels (B,)) -> scalar; the first two also take a miner's triplets. With nothing to rank
-# (one class, classes of one image) the sum is empty: zero, with a gradient of zeros. A distance has an infinite slope at
-# 0, where copies of an image are: norm() and cdist() take 0 for it, the released codes add 1e-8 to the square.
-
-def masked_logsumexp(x, mask):
-    """log sum_j exp(x_ij) over mask, (B, B) -> (B,). Over nothing the lowest finite number: -inf - -inf is not one."""
-    return x.masked_fill(~mask, torch.finfo(x.dtype).min).logsumexp(1)
+    same_class = labels.unsqueeze(0) == labels.unsqueeze(1)
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positives = same_class & ~itself
+    negatives = ~same_class
+    return positives, negatives
 
 
 class Ranking(nn.Module):
-    """L = the mean of parts(...), none below 0, 0 without any. The log tells the share of parts above 0 (nan without)."""
+    """What the ranking losses share: L is the mean of summands, or 0 if there are none.
+
+    Each loss below defines its `summands`, one for each triplet, pair or anchor, and
+    forward and diagnostics take what they take. None is negative, and one that is 0 has
+    no gradient: it has nothing more to teach.
+    """
 
     @full_precision
     def forward(self, *batch, **named):
-        parts = self.parts(*batch, **named)
-        return parts.sum() / max(len(parts), 1)
+        summands = self.summands(*batch, **named)
+        return summands.sum() / max(len(summands), 1)
 
-    def log_values(self, *batch):
-        return {"active": (self.parts(*batch) > 0).float().mean()}
+    def diagnostics(self, *batch):
+        """For the log: the fraction of summands above 0, or nan if there are none."""
+        active = self.summands(*batch) > 0
+        return {"active": active.float().mean()}
 
 
 class Triplet(Ranking):
-    """The triplet loss (FaceNet, CVPR 2015; before it Weinberger, Blitzer, Saul, LMNN, NIPS 2005).
+    """Triplet loss: a positive is to be nearer to the anchor than a negative, by a margin.
 
-        L = mean_(a,p,n)  [d_ap^2 - d_an^2 + margin]+                          inactive triplets count in the mean
+        L = mean_(a,p,n)  [d_ap^2 - d_an^2 + margin]+
+
+    The mean is over all triplets, those whose summand is 0 included. FaceNet (Schroff,
+    Kalenichenko, Philbin, CVPR 2015); before it LMNN (Weinberger, Blitzer, Saul, NIPS
+    2005).
     """
 
     def __init__(self, margin=0.2):
         super().__init__()
         self.margin = margin
 
-    def parts(self, embeddings, labels, triplets):
-        a, p, n = (F.normalize(embeddings)[index] for index in triplets)                 # (T, D) each
-        return F.relu((a - p).square().sum(1) - (a - n).square().sum(1) + self.margin)
+    def summands(self, embeddings, labels, triplets):
+        # The triplets' rows of z, (T, D) each.
+        z_a, z_p, z_n = (F.normalize(embeddings)[index] for index in triplets)
+        squared_ap = (z_a - z_p).square().sum(1)                  # (T,)
+        squared_an = (z_a - z_n).square().sum(1)
+        return F.relu(squared_ap - squared_an + self.margin)
 
 
 class Margin(Ranking):
-    """The margin loss (Wu et al., ICCV 2017): positives within a learned boundary beta, negatives beyond it.
+    """Margin loss: positives within a learned boundary beta, negatives beyond it.
 
-        l+ = [d_ap - beta_a + margin]+      l- = [beta_a - d_an + margin]+        beta_a that of the anchor's class
-        L  = sum_(a,p,n) (l+ + l- + nu beta_a) / (number of l+ > 0 plus number of l- > 0)          0 if none is
+        pull = [d_ap - beta_a + margin]+
+        push = [beta_a - d_an + margin]+
+        L    = sum_(a,p,n) (pull + push + nu beta_a) / active
 
-    granularity: one beta (`global`) or a vector (C,) (`class`). The tutorial's beta_0 + beta_class + beta_image is only
-    identified as a sum, and no released code has its part per image. nu is that of the authors' mxnet code. L jumps up
-    where easy parts fall silent: read it beside the logged share.
+    `active` is the number of pull > 0 plus the number of push > 0; L is 0 if that is 0.
+    L jumps up where easy summands fall to 0 and leave `active`: read it beside the
+    fraction in the log. With granularity `class` beta is (C,), and beta_a belongs to
+    the class of the anchor; with `global` beta is one number for all.
+
+    Wu, Manmatha, Smola, Kraehenbuehl, "Sampling Matters in Deep Embedding Learning",
+    ICCV 2017; nu as in the authors' code.
     """
 
     def __init__(self, num_classes, margin=0.2, beta=1.2, nu=0.0, granularity="class"):
         super().__init__()
-        self.beta = nn.Parameter(torch.full({"global": (), "class": (num_classes,)}[granularity], float(beta)))
-        self.margin, self.nu = margin, nu
+        shapes = {"global": (), "class": (num_classes,)}
+        self.beta = nn.Parameter(torch.full(shapes[granularity], float(beta)))
+        self.margin = margin
+        self.nu = nu
 
-    def boundaries(self, labels, triplets):                                              # (T,)
-        return (self.beta[labels] if self.beta.dim() else self.beta.expand(len(labels)))[triplets[0]]
+    def boundaries(self, labels, triplets):
+        """beta_a of each triplet, (T,)."""
+        if self.beta.dim() == 0:
+            beta = self.beta.expand(len(labels))                  # (B,)
+        else:
+            beta = self.beta[labels]
+        a, _, _ = triplets
+        return beta[a]
 
-    def parts(self, embeddings, labels, triplets):
-        a, p, n = (F.normalize(embeddings)[index] for index in triplets)                 # (T, D) each
-        beta = self.boundaries(labels, triplets)
-        parts = torch.stack([(a - p).norm(dim=1) - beta, beta - (a - n).norm(dim=1)])    # (2, T)
-        return F.relu(parts + self.margin)
+    def summands(self, embeddings, labels, triplets):
+        """pull and push of each triplet, (2, T)."""
+        # The triplets' rows of z, (T, D) each.
+        z_a, z_p, z_n = (F.normalize(embeddings)[index] for index in triplets)
+        d_ap = (z_a - z_p).norm(dim=1)                            # (T,)
+        d_an = (z_a - z_n).norm(dim=1)
+        beta_a = self.boundaries(labels, triplets)
+        pull = F.relu(d_ap - beta_a + self.margin)
+        push = F.relu(beta_a - d_an + self.margin)
+        return torch.stack([pull, push])
 
     @full_precision
     def forward(self, embeddings, labels, triplets):
-        parts = self.parts(embeddings, labels, triplets)
-        total, active = parts.sum() + self.nu * self.boundaries(labels, triplets).sum(), (parts > 0).sum()
-        return total * (active > 0) / active.clamp(min=1)
+        summands = self.summands(embeddings, labels, triplets)
+        beta_a = self.boundaries(labels, triplets)
+        total = summands.sum() + self.nu * beta_a.sum()
+        active = (summands > 0).sum()
+        return torch.where(active > 0, total / active.clamp(min=1), 0.0)
 
-    def log_values(self, *batch):
-        return {**super().log_values(*batch), "boundary": self.beta.mean()}
+    def diagnostics(self, *batch):
+        """For the log: the fraction of summands above 0, and the mean boundary."""
+        values = super().diagnostics(*batch)
+        values["boundary"] = self.beta.mean()
+        return values
+
+
+def unnormalised_distances(embeddings):
+    """The distances ||e_i - e_j|| (B, B) of embeddings as they are, not on the sphere.
+
+    By a matrix product, cdist's usual way, distances near 0 would be off by 1e-3 in
+    float32, and by more the longer the embeddings are.
+    """
+    return torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def masked_logsumexp(x, mask):
+    """log sum_j exp(x_ij) over the columns j in row i of the mask, (B, B) -> (B,).
+
+    Over no column this is the lowest finite number. With the true value, -inf, sums and
+    gradients would become nan.
+    """
+    lowest = torch.finfo(x.dtype).min
+    return x.masked_fill(~mask, lowest).logsumexp(1)
 
 
 class Lifted(Ranking):
-    """Lifted structure (Oh Song, Xiang, Jegelka, Savarese, CVPR 2016): a positive pair against all negatives of both.
+    """Lifted structure: each pair of a class against all negatives of both its images.
 
         J_ij = log(sum_{k in N_i} exp(alpha - d_ik) + sum_{l in N_j} exp(alpha - d_jl)) + d_ij
-        L    = 1 / (2 |P|) sum_{(i,j) in P} [J_ij]+^2                      P the pairs of a class
+        L    = 1 / (2 |P|) sum_{(i,j) in P} [J_ij]+^2
 
-    d is between embeddings e as they are, not on the sphere. The paper's L2 penalty on e is left out.
+    P holds all (i, j) with j in P_i, so each pair twice. Here d is between the
+    embeddings e as they are, not on the sphere. The paper's penalty on the length of e
+    is left out. Oh Song, Xiang, Jegelka, Savarese, CVPR 2016.
     """
 
     def __init__(self, alpha=1.0):
         super().__init__()
         self.alpha = alpha
 
-    def pairs(self, e, labels):
-        """P (B, B), d (B, B), and log sum_{k in N_i} exp(alpha - d_ik) (B,)"""
-        # cdist's usual way, by a matrix product, is off by 1e-3 near 0, and more the longer the embeddings.
-        (positive, negative), d = pair_masks(labels), torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist")
-        return positive, d, masked_logsumexp(self.alpha - d, negative)
-
-    def parts(self, embeddings, labels):
-        positive, d, push = self.pairs(embeddings, labels)
-        J = torch.logaddexp(push.unsqueeze(0), push.unsqueeze(1)) + d
-        return F.relu(J[positive]).square() / 2            # each pair as (i, j) and as (j, i): the mean is the same
+    def summands(self, embeddings, labels):
+        """[J_ij]+^2 / 2 of each pair in P, (|P|,)."""
+        positives, negatives = pair_masks(labels)
+        d = unnormalised_distances(embeddings)                    # (B, B)
+        push = masked_logsumexp(self.alpha - d, negatives)        # (B,)
+        push_of_both = torch.logaddexp(push.unsqueeze(0), push.unsqueeze(1))
+        J = push_of_both + d                                      # (B, B)
+        return F.relu(J[positives]).square() / 2
 
 
-class GenLifted(Lifted):
-    """Generalised lifted structure (Hermans, Beyer, Leibe, "In Defense of the Triplet Loss", 2017): an anchor's J.
+class GenLifted(Ranking):
+    """Generalised lifted structure: all positives of an anchor against all its negatives.
 
-        L = mean_i [log sum_{p in P_i} exp(d_ip) + log sum_{n in N_i} exp(alpha - d_in)]+  +  weight mean_i ||e_i||
+        J_i = log sum_{p in P_i} exp(d_ip) + log sum_{n in N_i} exp(alpha - d_in)
+        L   = mean_i [J_i]+  +  weight mean_i ||e_i||
 
-    The first mean is over anchors with a positive; d as in Lifted. Revisiting's numbers for "lifted" are of this form.
+    The first mean is over the anchors that have a positive. d is as in Lifted. Hermans,
+    Beyer, Leibe, "In Defense of the Triplet Loss", 2017. This is what Revisiting's
+    tables call lifted.
     """
 
     def __init__(self, alpha=1.0, weight=0.005):
-        super().__init__(alpha)
+        super().__init__()
+        self.alpha = alpha
         self.weight = weight
 
-    def parts(self, embeddings, labels):
-        positive, d, push = self.pairs(embeddings, labels)
-        return F.relu(masked_logsumexp(d, positive) + push)[positive.any(1)]
+    def summands(self, embeddings, labels):
+        """[J_i]+ of each anchor that has a positive."""
+        positives, negatives = pair_masks(labels)
+        d = unnormalised_distances(embeddings)                    # (B, B)
+        pull = masked_logsumexp(d, positives)                     # (B,)
+        push = masked_logsumexp(self.alpha - d, negatives)
+        J = pull + push
+        has_positive = positives.any(1)
+        return F.relu(J)[has_positive]
 
     @full_precision
     def forward(self, embeddings, labels):
-        return super().forward(embeddings, labels) + self.weight * embeddings.norm(dim=1).mean()
+        ranked = super().forward(embeddings, labels)
+        length = embeddings.norm(dim=1).mean()
+        return ranked + self.weight * length
 
 
 class MultiSimilarity(Ranking):
-    """Multi-similarity (Wang, Han, Huang, Dong, Scott, CVPR 2019): the hard pairs, weighted by three similarities.
+    """Multi-similarity: the hard pairs of each anchor, weighted by how hard they are.
 
-        L = 1/B sum_i  1/alpha log(1 + sum_{P_i'} exp(-alpha (S_ik - threshold)))
-                     + 1/beta  log(1 + sum_{N_i'} exp( beta  (S_ik - threshold)))
-        P_i' = {k in P_i: S_ik < max_{n in N_i} S_in + epsilon}, N_i' = {k in N_i: S_ik > min_{p in P_i} S_ip - epsilon}
+        P_i' = {k in P_i: S_ik < max_{n in N_i} S_in + epsilon}
+        N_i' = {k in N_i: S_ik > min_{p in P_i} S_ip - epsilon}
+        L    = 1/B sum_i  1/alpha log(1 + sum_{P_i'} exp(-alpha (S_ik - threshold)))
+                        + 1/beta  log(1 + sum_{N_i'} exp( beta  (S_ik - threshold)))
 
-    Settings and mean are those of the authors' code, which also drops positives with S > 1 - 1e-5, copies. (The paper has
-    beta 50, threshold 1; Revisiting has these settings and a mean over the anchors that keep a pair, whose share is
-    logged.) P_i' and N_i' are empty together.
+    P_i' and N_i' are empty together, and then the summand is 0. Wang, Han, Huang, Dong,
+    Scott, CVPR 2019; the settings are those of the authors' code, the paper has beta =
+    50 and threshold = 1.
     """
 
     def __init__(self, alpha=2.0, beta=40.0, threshold=0.5, epsilon=0.1):
         super().__init__()
-        self.alpha, self.beta, self.threshold, self.epsilon = alpha, beta, threshold, epsilon
+        self.alpha = alpha
+        self.beta = beta
+        self.threshold = threshold
+        self.epsilon = epsilon
 
-    def parts(self, embeddings, labels):
-        (positive, negative), z = pair_masks(labels), F.normalize(embeddings)
-        S, limit = z @ z.T, torch.finfo(z.dtype).max                                     # S (B, B)
-        nearest = S.masked_fill(~negative, -limit).amax(1, keepdim=True)                 # without one, nothing is kept
-        farthest = S.masked_fill(~positive, limit).amin(1, keepdim=True)
-        positive, negative = positive & (S < nearest + self.epsilon), negative & (S > farthest - self.epsilon)
-        pull = masked_logsumexp(-self.alpha * (S - self.threshold), positive)            # (B,)
-        push = masked_logsumexp(self.beta * (S - self.threshold), negative)
-        zero = S.new_zeros(())                                                           # the 1 in log(1 + ...)
-        return torch.logaddexp(pull, zero) / self.alpha + torch.logaddexp(push, zero) / self.beta
+    def summands(self, embeddings, labels):
+        """What is summed over i in L, (B,)."""
+        positives, negatives = pair_masks(labels)
+        z = F.normalize(embeddings)
+        S = z @ z.T                                               # (B, B)
+
+        # (B, 1) each. An anchor without negatives, or without positives, gets a limit that
+        # no similarity passes, and so keeps no pair.
+        limit = torch.finfo(S.dtype).max
+        nearest_negative = S.masked_fill(~negatives, -limit).amax(1, keepdim=True)
+        farthest_positive = S.masked_fill(~positives, limit).amin(1, keepdim=True)
+        hard_positives = positives & (S < nearest_negative + self.epsilon)
+        hard_negatives = negatives & (S > farthest_positive - self.epsilon)
+
+        # (B,) each: the logarithms of the two sums
+        pull = masked_logsumexp(-self.alpha * (S - self.threshold), hard_positives)
+        push = masked_logsumexp(self.beta * (S - self.threshold), hard_negatives)
+
+        # log(1 + exp(x)) is logaddexp(x, 0).
+        zero = S.new_zeros(())
+        of_positives = torch.logaddexp(pull, zero) / self.alpha
+        of_negatives = torch.logaddexp(push, zero) / self.beta
+        return of_positives + of_negatives
 
 
-# --------------------------------------------------------------------------------------------- classification losses
+# -------------------------------------------------------------------------------------- miners
+# A miner chooses one triplet for each anchor that has a positive and a negative. It
+# takes embeddings (B, D), labels (B,) and a random generator, None for torch's own, and
+# returns the indices a, p, n of anchors, positives and negatives: three tensors (T,),
+# where T may be 0. p is uniform in P_a; the miners differ in n.
+
+
+@full_precision
+def distances(embeddings):
+    """d_ij (B, B), the distances on the unit sphere, without gradient.
+
+    They come from one matrix product, which in float32 is off by 1e-3 near 0. That does
+    not matter to any miner.
+    """
+    z = F.normalize(embeddings.detach())
+    squared = 2 - 2 * z @ z.T
+    return squared.clamp(min=1e-12).sqrt()
+
+
+def sample_column(weights, generator):
+    """Choose a column of each row at random, in proportion to the weights: (T, B) -> (T,).
+
+    If u is uniform in (0, 1), then -log(u) / weight is an exponentially distributed
+    time with the weight as its rate. Of several such times each is the shortest with a
+    probability in proportion to its rate. torch.multinomial does the same, but refuses
+    T = 0.
+    """
+    u = torch.rand(weights.shape, device=weights.device, generator=generator)
+    inverse_time = weights / -u.log()
+    return inverse_time.argmax(1)
+
+
+def anchors_positives(labels, generator):
+    """Find the anchors and choose a positive for each.
+
+    Returns a (T,), p (T,), and the rows N_a of the mask of negatives, (T, B).
+    """
+    positives, negatives = pair_masks(labels)
+    has_triplet = positives.any(1) & negatives.any(1)
+    a = has_triplet.nonzero().squeeze(1)
+    p = sample_column(positives[a], generator)
+    return a, p, negatives[a]
+
+
+def mine_random(embeddings, labels, generator=None):
+    """Any negative: n is uniform in N_a."""
+    a, p, negatives = anchors_positives(labels, generator)
+    n = sample_column(negatives, generator)
+    return a, p, n
+
+
+def mine_semihard(embeddings, labels, margin=0.2, generator=None):
+    """A negative beyond the positive, but not yet by the loss's margin.
+
+    n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty.
+    From FaceNet, but as in Revisiting d is not squared, although the triplet loss
+    squares it.
+    """
+    a, p, negatives = anchors_positives(labels, generator)
+    d = distances(embeddings)[a]                                  # (T, B)
+    d_ap = d.gather(1, p.unsqueeze(1))                            # (T, 1)
+    semihard = negatives & (d > d_ap) & (d < d_ap + margin)
+    has_semihard = semihard.any(1, keepdim=True)
+    n = sample_column(torch.where(has_semihard, semihard, negatives), generator)
+    return a, p, n
+
+
+def mine_nearest(embeddings, labels, generator=None):
+    """The nearest negative beyond the positive, which the tutorial calls semi-hard.
+
+    n = argmin {d_an: n in N_a, d_an > d_ap}, or the farthest in N_a if that is empty.
+    """
+    a, p, negatives = anchors_positives(labels, generator)
+    d = distances(embeddings)[a]                                  # (T, B)
+    d_ap = d.gather(1, p.unsqueeze(1))                            # (T, 1)
+    beyond = negatives & (d > d_ap)
+    nearest = d.masked_fill(~beyond, math.inf).argmin(1)          # (T,)
+    farthest = d.masked_fill(~negatives, -1).argmax(1)
+    n = torch.where(beyond.any(1), nearest, farthest)
+    return a, p, n
+
+
+def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
+    """Probabilities P(n | a), (B, B), of negatives that spread evenly over distances.
+
+    The distance of two random points on the sphere in R^D has a density q that peaks
+    near sqrt(2), so a uniform choice finds hardly any negative that is nearer. Dividing
+    by q makes up for that:
+
+        P(n | a) ~ 1 / q(max(d_an, lower)) if d_an < upper, else 0
+        q(d)     ~ d^(D-2) (1 - d^2 / 4)^((D-3)/2)
+
+    Past sqrt(2) 1 / q rises again, hence `upper`, which Revisiting's code leaves out.
+    If no negative is nearer than `upper`, the row is uniform over N_a; if there is no
+    negative at all, it is zero. Wu et al., ICCV 2017, as Margin.
+    """
+    _, negatives = pair_masks(labels)
+    d = distances(embeddings)
+    D = embeddings.shape[1]
+
+    clipped = d.clamp(min=lower)
+    base = (1 - clipped.square() / 4).clamp(min=1e-8)
+    log_q = (D - 2) * clipped.log() + (D - 3) / 2 * base.log()
+
+    inside = negatives & (d < upper)
+    has_inside = inside.any(1, keepdim=True)
+    candidates = torch.where(has_inside, inside, negatives)
+    # Where no negative is inside, all candidates of the row weigh the same.
+    log_weight = torch.where(inside, -log_q, 0.0)
+
+    # At D = 512 the weights of a batch span e^370. softmax subtracts the maximum of
+    # each row, so that no row vanishes.
+    lowest = torch.finfo(d.dtype).min
+    return log_weight.masked_fill(~candidates, lowest).softmax(1) * candidates
+
+
+def mine_distance(embeddings, labels, lower=0.5, upper=1.4, generator=None):
+    """Negatives at all distances alike: n follows `distance_probabilities`."""
+    a, p, _ = anchors_positives(labels, generator)
+    probabilities = distance_probabilities(embeddings, labels, lower, upper)
+    n = sample_column(probabilities[a], generator)
+    return a, p, n
+
+
+MINERS = {
+    "random": mine_random,
+    "semihard": mine_semihard,
+    "nearest": mine_nearest,
+    "distance": mine_distance,
+}
+
+
+# ----------------------------------------------------------------------- classification losses
+
 
 class ClassVectors(nn.Module):
-    """L = mean_i -log softmax(logits_i)_y, y the own class of i, with a learned vector W_c per class, `proxies` (C, D),
-    which starts at U(-1/sqrt(D), 1/sqrt(D)). theta_ic is the angle of e_i and W_c."""
+    """What the classification losses share: a softmax over classes with vectors W_c.
+
+        L = mean_i -log softmax(logits_i)_y,      y the class of image i
+
+    forward(embeddings (B, D), labels (B,)) gives L, a scalar. Each loss below defines
+    `logits` (B, C). The W_c start at U(-1/sqrt(D), 1/sqrt(D)).
+    """
 
     def __init__(self, num_classes, dim):
         super().__init__()
-        self.proxies = nn.Parameter(torch.empty(num_classes, dim).uniform_(-dim ** -0.5, dim ** -0.5))
+        bound = dim ** -0.5
+        self.proxies = nn.Parameter(torch.empty(num_classes, dim).uniform_(-bound, bound))
 
     def cosine(self, embeddings):
-        return F.normalize(embeddings) @ F.normalize(self.proxies).T                     # (B, D) @ (D, C) -> (B, C)
+        """cos(theta_ic), (B, C)."""
+        return F.normalize(embeddings) @ F.normalize(self.proxies).T
 
     @full_precision
     def forward(self, embeddings, labels):
-        return F.cross_entropy(self.logits(embeddings, labels.unsqueeze(1)), labels)
+        return F.cross_entropy(self.logits(embeddings, labels), labels)
 
-    def log_values(self, embeddings, labels):
+    def diagnostics(self, embeddings, labels):
+        """For the log: the mean angle theta_iy to the own class, in degrees."""
         own = self.cosine(embeddings).gather(1, labels.unsqueeze(1))
-        return {"own_angle": own.clamp(-1, 1).acos().rad2deg().mean()}                   # in degrees
+        return {"own_angle": own.clamp(-1, 1).acos().rad2deg().mean()}
 
 
 class Softmax(ClassVectors):
-    """The plain classifier: logits_ic = e_i . W_c, nothing normalised, no bias."""
+    """Softmax: the plain classifier, with nothing normalised and no bias.
 
-    def logits(self, embeddings, own):
-        return embeddings @ self.proxies.T
+        logits_ic = e_i . W_c
+    """
+
+    def logits(self, embeddings, labels):
+        return embeddings @ self.proxies.T                        # (B, C)
 
 
 class NormSoftmax(ClassVectors):
-    """Normalised softmax (Zhai, Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019).
+    """Normalised softmax: only the angles count, not the lengths of e_i and W_c.
 
-        logits_ic = cos(theta_ic) / temperature                                without the paper's layer norm
+        logits_ic = cos(theta_ic) / temperature
+
+    Zhai, Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019,
+    without the paper's layer norm.
     """
 
     def __init__(self, num_classes, dim, temperature=0.05):
         super().__init__(num_classes, dim)
         self.temperature = temperature
 
-    def logits(self, embeddings, own):
+    def logits(self, embeddings, labels):
         return self.cosine(embeddings) / self.temperature
 
 
 class SphereFace(ClassVectors):
-    """SphereFace, A-Softmax (Liu, Wen, Yu, Li, Raj, Song, CVPR 2017): a margin m that MULTIPLIES the own class's angle.
+    """SphereFace, or A-Softmax: a margin m that multiplies the angle to the own class.
 
-        logits_ic = ||e_i|| cos(theta_ic), for the own class ||e_i|| psi(theta_iy)
-        psi(t)    = (-1)^k cos(m t) - 2k  for t in [k pi/m, (k+1) pi/m]        falls steadily from 1 to 1 - 2m
+        logits_ic = ||e_i|| cos(theta_ic)    for c other than y
+        logits_iy = ||e_i|| psi(theta_iy)    for the own class
+        psi(t)    = (-1)^k cos(m t) - 2k     for t in [k pi/m, (k+1) pi/m]
 
-    The tutorial's one formula for "Sphere-/ArcFace" adds its margin, with a fixed scale in place of ||e_i||: that is
-    ArcFace's. With annealing, as the authors train it, the own logit is ||e_i|| (la cos + psi) / (1 + la),
-    la = max(5, 1000 / (1 + 0.12 step)); `step`, a buffer, counts the calls in training mode. Raises UserError for an m
-    other than 1, 2, ...
+    psi falls steadily from 1 to 1 - 2m. With annealing, as the authors train it, the
+    own class begins near the plain softmax:
+
+        logits_iy = ||e_i|| (la cos(theta_iy) + psi(theta_iy)) / (1 + la)
+        la        = max(5, 1000 / (1 + 0.12 step))
+
+    The buffer `step` counts the calls in training mode. Liu, Wen, Yu, Li, Raj, Song,
+    CVPR 2017. (The tutorial's formula for "Sphere-/ArcFace" is ArcFace's.) Raises
+    ValueError for a margin other than 1, 2, ...
     """
 
     def __init__(self, num_classes, dim, margin=4, annealing=False):
         super().__init__(num_classes, dim)
         if margin < 1 or margin != int(margin):
-            raise UserError(f"SphereFace multiplies angles by whole numbers, not by {margin}: use a margin of 1, 2, ...")
-        self.margin, self.annealing = int(margin), annealing
+            raise ValueError(f"SphereFace multiplies angles by whole numbers, not by {margin}: "
+                             "use a margin of 1, 2, ...")
+        self.margin = int(margin)
+        self.annealing = annealing
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def psi(self, c):
-        """psi by c = cos(t). cos(m t) is Chebyshev's polynomial of c: the slope of acos(c) would be infinite at +-1."""
-        with torch.no_grad():
-            k = (self.margin * c.clamp(-1, 1).acos() / math.pi).floor().clamp(max=self.margin - 1)
-        before, polynomial = torch.ones_like(c), c
-        for _ in range(self.margin - 1):
-            before, polynomial = polynomial, 2 * c * polynomial - before
-        return (1 - 2 * (k % 2)) * polynomial - 2 * k
+        """psi(t) as a function of c = cos(t).
 
-    def logits(self, embeddings, own):
-        cosine = self.cosine(embeddings)
-        c = cosine.gather(1, own)                                                        # (B, 1)
+        cos(m t) = T_m(c), Chebyshev's polynomial of degree m:
+
+            T_0 = 1,      T_1 = c,      T_{m+1} = 2 c T_m - T_{m-1}
+
+        Computed from acos(c) instead, it would have an infinite slope at c = 1 and -1.
+        """
+        m = self.margin
+        with torch.no_grad():
+            t = c.clamp(-1, 1).acos()
+            k = (m * t / math.pi).floor().clamp(max=m - 1)
+
+        T_before, T = torch.ones_like(c), c
+        for _ in range(m - 1):
+            T_before, T = T, 2 * c * T - T_before
+        sign = 1 - 2 * (k % 2)                                    # (-1)^k
+        return sign * T - 2 * k
+
+    def logits(self, embeddings, labels):
+        own = labels.unsqueeze(1)                                 # (B, 1)
+        cosine = self.cosine(embeddings)                          # (B, C)
+        c = cosine.gather(1, own)                                 # (B, 1)
         target = self.psi(c)
+
         if self.annealing:
-            la = (1000 / (1 + 0.12 * self.step.double())).clamp(min=5)
+            la = 1000 / (1 + 0.12 * self.step.double())
+            la = la.clamp(min=5)
             target = (la * c + target) / (1 + la)
-            self.step += self.training
-        return embeddings.norm(dim=1, keepdim=True) * cosine.scatter(1, own, target)
+            if self.training:
+                self.step += 1
+
+        length = embeddings.norm(dim=1, keepdim=True)             # (B, 1)
+        return length * cosine.scatter(1, own, target)
 
 
 class ArcFace(ClassVectors):
-    """ArcFace (Deng, Guo, Xue, Zafeiriou, CVPR 2019): a margin m that is ADDED to the own class's angle.
+    """ArcFace: a margin m that is added to the angle to the own class.
 
-        logits_ic = scale cos(theta_ic), for the own class scale cos(theta_iy + m)          if theta_iy <= pi - m,
-                                                  as the authors scale (cos(theta_iy) - m sin(m)) beyond
+        logits_ic = scale cos(theta_ic)                  for c other than y
+        logits_iy = scale cos(theta_iy + m)              if theta_iy <= pi - m
+        logits_iy = scale (cos(theta_iy) - m sin(m))     beyond
 
-    Past pi the cosine would rise again, and reward the wrong side. At the seam the logit jumps down, for m = 0.5 by
-    0.12 scale. Scale 16 is Revisiting's, 64 the paper's. (Revisiting clamps all cosines to be positive, which takes the
-    gradient from half the sphere: not followed.)
+    Past pi the cosine would rise again and reward the wrong side, so the authors go on
+    with the last line. At the seam the logit jumps down, for m = 0.5 by 0.12 scale. The
+    scale 16 is Revisiting's; the paper has 64. Deng, Guo, Xue, Zafeiriou, CVPR 2019.
     """
 
     def __init__(self, num_classes, dim, scale=16.0, margin=0.5):
         super().__init__(num_classes, dim)
-        self.scale, self.margin = scale, margin
+        self.scale = scale
+        self.margin = margin
 
-    def logits(self, embeddings, own):
-        cosine, m = self.cosine(embeddings), self.margin
-        c = cosine.gather(1, own)                                                        # (B, 1)
-        sine = ((1 - c) * (1 + c)).clamp(min=1e-12).sqrt()                               # slope at +-1: 0, not infinite
-        target = torch.where(c < -math.cos(m), c - m * math.sin(m), c * math.cos(m) - sine * math.sin(m))
+    def logits(self, embeddings, labels):
+        m = self.margin
+        own = labels.unsqueeze(1)                                 # (B, 1)
+        cosine = self.cosine(embeddings)                          # (B, C)
+        c = cosine.gather(1, own)                                 # (B, 1)
+
+        # cos(theta + m) = c cos(m) - sin(theta) sin(m). The floor gives the root a
+        # slope of 0 at c = 1 and -1, where its own is infinite.
+        sine_squared = (1 - c) * (1 + c)
+        sine = sine_squared.clamp(min=1e-12).sqrt()
+        shifted = c * math.cos(m) - sine * math.sin(m)
+        beyond = c - m * math.sin(m)
+        target = torch.where(c < -math.cos(m), beyond, shifted)
         return self.scale * cosine.scatter(1, own, target)
 
 
-# ------------------------------------------------------------------------------------------- what the trainer needs
+# ------------------------------------------------------------------------------- the objective
 
-LOSSES = {  # --loss -> what makes it for C classes, D dimensions and --beta
-    "triplet": lambda C, D, beta: Triplet(), "margin": lambda C, D, beta: Margin(C, granularity=beta),
-    "lifted": lambda C, D, beta: Lifted(), "genlifted": lambda C, D, beta: GenLifted(),
-    "multisimilarity": lambda C, D, beta: MultiSimilarity(), "softmax": lambda C, D, beta: Softmax(C, D),
-    "normsoftmax": lambda C, D, beta: NormSoftmax(C, D), "arcface": lambda C, D, beta: ArcFace(C, D),
-    "sphereface": lambda C, D, beta: SphereFace(C, D, annealing=True)}
-MINED = ("triplet", "margin")                                                            # these take triplets
+LOSSES = {
+    "triplet": Triplet,
+    "margin": Margin,
+    "lifted": Lifted,
+    "genlifted": GenLifted,
+    "multisimilarity": MultiSimilarity,
+    "softmax": Softmax,
+    "normsoftmax": NormSoftmax,
+    "sphereface": SphereFace,
+    "arcface": ArcFace,
+}
+
+# The losses that take triplets, and those that have parameters of their own.
+MINED = ("triplet", "margin")
+LEARNED = ("margin", "softmax", "normsoftmax", "sphereface", "arcface")
 
 
-class Criterion(nn.Module):
-    """A loss, and the miner of its triplets if it takes any. `loss_lr` is its parameters' rate, a multiple of --lr."""
+def make_loss(name, num_classes, dim, beta):
+    """The loss of a name in LOSSES for a run with C classes and D dimensions.
+
+    beta is the granularity of Margin's boundaries and means nothing to the others.
+    """
+    if name == "margin":
+        return Margin(num_classes, granularity=beta)
+    if name == "sphereface":
+        return SphereFace(num_classes, dim, annealing=True)
+    if name in ("softmax", "normsoftmax", "arcface"):
+        return LOSSES[name](num_classes, dim)
+    return LOSSES[name]()
+
+
+class Objective(nn.Module):
+    """What is trained: a loss, together with the miner of its triplets if it takes any.
+
+    miner is a name in MINERS, or None. The parameters of the loss learn at loss_lr
+    times the rate of the network.
+    """
 
     def __init__(self, loss, miner=None, loss_lr=1.0):
         super().__init__()
-        self.loss, self.miner, self.loss_lr = loss, miner, loss_lr
+        self.loss = loss
+        self.miner = miner
+        self.loss_lr = loss_lr
 
     def mine(self, embeddings, labels):
-        """[] or [(anchors, positives, negatives)]"""
-        options = {"margin": self.loss.margin} if self.miner == "semihard" else {}
-        return [MINERS[self.miner](embeddings, labels, **options)] if self.miner else []
+        """Choose triplets a, p, n. The semi-hard miner uses the margin of the loss."""
+        options = {}
+        if self.miner == "semihard":
+            options["margin"] = self.loss.margin
+        return MINERS[self.miner](embeddings, labels, **options)
 
-    def terms(self, embeddings, labels):
-        return {type(self.loss).__name__.lower(): self.loss(embeddings, labels, *self.mine(embeddings, labels))}
+    def losses(self, embeddings, labels):
+        """The loss and its name, {name: scalar}."""
+        if self.miner is None:
+            value = self.loss(embeddings, labels)
+        else:
+            triplets = self.mine(embeddings, labels)
+            value = self.loss(embeddings, labels, triplets)
+        return {type(self.loss).__name__.lower(): value}
 
-    def groups(self, lr):
+    def param_groups(self, lr):
+        """The parameters of the loss as a group for Adam, or no group if it has none."""
         parameters = list(self.loss.parameters())
-        return [{"params": parameters, "lr": self.loss_lr * lr}] if parameters else []
+        if not parameters:
+            return []
+        return [{"params": parameters, "lr": self.loss_lr * lr}]
 
     @torch.no_grad()
-    def log_values(self, embeddings, labels):
-        """What the loss itself reports, and the mean distance of mined negatives; triplets are drawn anew."""
-        triplets = self.mine(embeddings, labels)
-        values = self.loss.log_values(embeddings, labels, *triplets)
-        for a, _, n in triplets:
+    def diagnostics(self, embeddings, labels):
+        """For the log, {name: float}: what the loss reports, on triplets that are mined anew.
+
+        With a miner there is also `mined_distance`, the mean d_an of the chosen
+        negatives.
+        """
+        if self.miner is None:
+            values = self.loss.diagnostics(embeddings, labels)
+        else:
+            triplets = self.mine(embeddings, labels)
+            values = self.loss.diagnostics(embeddings, labels, triplets)
+            a, _, n = triplets
             values["mined_distance"] = distances(embeddings)[a, n].mean()
         return {name: float(value) for name, value in values.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ the settings
-# A loss's own settings, Revisiting's too, are its defaults above. From scratch (--weights none, so also toy) all but the
-# rate is nir.py's, for comparison; the rate is the best of three on validation classes: RESULTS.md.
+# ---------------------------------------------------------------------------------- the settings
+# What a run uses where the command line says nothing: the row of its loss, in one of
+# three regimes. What a loss has besides, its margin for example, is in its constructor
+# above.
+#
+# `paper` is Revisiting's, with ImageNet's weights, and `sop` the same on Stanford
+# Online Products. `scratch` is for a network that starts from nothing (--weights none):
+# all but lr and loss_lr as in nir.py, so that the two compare; lr is the best of three
+# on validation classes (RESULTS.md).
+#
+# loss_lr is the rate of the loss's parameters as a multiple of lr. Published are 5e-4
+# for boundaries and ArcFace, and 1e-5 for normsoftmax, or 2e-3 on SOP. For softmax and
+# SphereFace nothing is published: they take ArcFace's. From scratch, boundaries learn at
+# the rate of the network.
 
-PAPER = dict(batch_size=112, lr=1e-5, epochs=150, lr_steps=[], lr_gamma=0.1, warmup=0)
-PRESETS = {"paper": PAPER, "sop": {**PAPER, "epochs": 100}, "scratch": {**{k: nir.SCRATCH[k] for k in PAPER}, "lr": 3e-3}}
-SCRATCH_LR = {"arcface": 3e-4}                                                           # all others: as in PRESETS
-# loss_lr in each: multiples of --lr, published as 5e-4, for normsoftmax 1e-5 or on SOP 2e-3. For softmax and SphereFace
-# nothing is published: they take ArcFace's. A boundary from scratch learns at the network's own rate.
-LOSS_LR = {"margin": (50, 50, 1), "softmax": (50, 50, 10), "normsoftmax": (1, 200, 10), "sphereface": (50, 50, 10),
-           "arcface": (50, 50, 10)}
+COLUMNS = ("epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
+           "loss_lr", "miner", "beta")
+SETTINGS = {
+    "paper": {
+        # loss             epochs batch lr   steps     gamma warmup loss_lr miner      beta
+        "triplet":         (150,   112,  1e-5, [],       0.1,  0,     None,   "distance", None),
+        "margin":          (150,   112,  1e-5, [],       0.1,  0,     50,     "distance", "class"),
+        "lifted":          (150,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
+        "genlifted":       (150,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
+        "multisimilarity": (150,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
+        "softmax":         (150,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+        "normsoftmax":     (150,   112,  1e-5, [],       0.1,  0,     1,      None,       None),
+        "sphereface":      (150,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+        "arcface":         (150,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+    },
+    "sop": {
+        # loss             epochs batch lr   steps     gamma warmup loss_lr miner      beta
+        "triplet":         (100,   112,  1e-5, [],       0.1,  0,     None,   "distance", None),
+        "margin":          (100,   112,  1e-5, [],       0.1,  0,     50,     "distance", "class"),
+        "lifted":          (100,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
+        "genlifted":       (100,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
+        "multisimilarity": (100,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
+        "softmax":         (100,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+        "normsoftmax":     (100,   112,  1e-5, [],       0.1,  0,     200,    None,       None),
+        "sphereface":      (100,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+        "arcface":         (100,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+    },
+    "scratch": {
+        # loss             epochs batch lr   steps     gamma warmup loss_lr miner      beta
+        "triplet":         (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   "distance", None),
+        "margin":          (15,    90,   3e-3, [10, 13], 0.3,  0,     1,      "distance", "class"),
+        "lifted":          (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   None,       None),
+        "genlifted":       (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   None,       None),
+        "multisimilarity": (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   None,       None),
+        "softmax":         (15,    90,   3e-3, [10, 13], 0.3,  0,     10,     None,       None),
+        "normsoftmax":     (15,    90,   3e-3, [10, 13], 0.3,  0,     10,     None,       None),
+        "sphereface":      (15,    90,   3e-3, [10, 13], 0.3,  0,     10,     None,       None),
+        "arcface":         (15,    90,   3e-4, [10, 13], 0.3,  0,     10,     None,       None),
+    },
+}
 
 
 def preset(args):
-    column = "scratch" if args.weights == "none" else "sop" if args.dataset == "sop" else "paper"
-    rates = dict(zip(PRESETS, LOSS_LR.get(args.loss, ())))
-    own = {"lr": SCRATCH_LR[args.loss]} if column == "scratch" and args.loss in SCRATCH_LR else {}
-    return {**PRESETS[column], **own, "loss_lr": rates.get(column), "miner": "distance" if args.loss in MINED else None,
-            "beta": "class" if args.loss == "margin" else None}
+    """The row of SETTINGS for a run, as a dictionary."""
+    if args.weights == "none":
+        regime = "scratch"
+    elif args.dataset == "sop":
+        regime = "sop"
+    else:
+        regime = "paper"
+    return dict(zip(COLUMNS, SETTINGS[regime][args.loss]))
+
+
+def fixed(args):
+    """What a run uses that no option changes, {name: value}: constants of loss and miner."""
+    import common
+
+    constants = common.defaults(LOSSES[args.loss])
+    if args.loss == "margin":
+        del constants["Margin.granularity"]  # --beta says it
+    if args.loss == "sphereface":
+        constants["SphereFace.annealing"] = True  # as make_loss sets it
+    if args.miner == "distance":
+        constants.update(common.defaults(distance_probabilities))
+    return constants
 
 
 def main(argv=None):
-    table = {column: {**row, **{f"loss_lr {loss}": rates[i] for loss, rates in LOSS_LR.items()}}
-             for i, (column, row) in enumerate(PRESETS.items())}
-    table["scratch"] |= {f"lr {loss}": lr for loss, lr in SCRATCH_LR.items()}
-    p = common.parser(__doc__.split("\n\n")[0], "presets: paper is Revisiting Training Strategies, scratch --weights "
-                      "none;\nloss_lr is a multiple of --lr\n" + common.aligned(table))
-    add = p.add_argument_group("loss and miner").add_argument
-    add("--loss", choices=LOSSES, default="margin", help="default: margin")
-    add("--miner", choices=MINERS, help="of triplets for triplet and margin (default: distance)")
-    add("--beta", choices=("global", "class"), help="margin's boundaries: one, or one per class (default: class)")
-    add("--loss_lr", type=common.positive(float), help="of boundaries or class vectors, a multiple of --lr (by preset)")
-    args = common.parse(p, preset, argv)
-    for option, losses in (("miner", MINED), ("beta", ["margin"]), ("loss_lr", LOSS_LR)):
-        if getattr(args, option) and args.loss not in losses:
-            raise UserError(f"--{option} {getattr(args, option)} means nothing to --loss {args.loss}, only to "
+    import common
+    from data import UserError
+
+    parser = common.parser(__doc__)
+    add = parser.add_argument_group("loss and miner").add_argument
+    add("--loss", choices=LOSSES, default="margin",
+        help="The loss to train with. Default: margin.")
+    add("--miner", choices=MINERS,
+        help="The miner that chooses the triplets of triplet and margin. Default: distance.")
+    add("--beta", choices=("global", "class"),
+        help="Boundaries of the margin loss: one for all classes, or one for each. "
+             "Default: class.")
+    add("--loss_lr", type=common.positive(float),
+        help="Learning rate of the boundaries or class vectors, as a multiple of --lr. "
+             "Default: by preset.")
+    args = common.parse(parser, preset, argv, fixed)
+
+    applies_to = {"miner": MINED, "beta": ("margin",), "loss_lr": LEARNED}
+    for option, losses in applies_to.items():
+        value = getattr(args, option)
+        if value is not None and args.loss not in losses:
+            raise UserError(f"--{option} {value} means nothing to --loss {args.loss}, only to "
                             f"{', '.join(losses)}: leave it out")
 
-    def criterion(num_classes):
-        return Criterion(LOSSES[args.loss](num_classes, args.embed_dim, args.beta), args.miner, args.loss_lr)
-    name = [args.dataset, args.loss, args.beta, args.miner, f"seed{args.seed}"]
-    common.train(args, criterion, "-".join(part for part in name if part))
+    def make_criterion(num_classes):
+        loss = make_loss(args.loss, num_classes, args.embed_dim, args.beta)
+        return Objective(loss, args.miner, args.loss_lr)
+
+    common.check_options(make_criterion)
+    parts = [args.dataset, args.loss, args.beta, args.miner, f"seed{args.seed}"]
+    name = "-".join(part for part in parts if part is not None)
+    common.train(args, make_criterion, name)
 
 
 if __name__ == "__main__":
+    import common
+
     common.command(main)

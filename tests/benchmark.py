@@ -346,8 +346,9 @@ def network(batch, steps, size=224):
             ("ProxyAnchor + NIR (proxies, flow, Adam)", nir.NIR(nir.ProxyAnchor(C, 512), 512)),
             ("EL-nivMF (proxies, concentrations, Adam)", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512))),
             ("EL-nivMF + ProxyAnchor", prob_dml.Criterion(prob_dml.ProbabilisticProxies(C, 512), proxyanchor_weight=5)),
-            *((name, objectives.Criterion(make(C, 512, "class"), "distance" if name in objectives.MINED else None))
-              for name, make in objectives.LOSSES.items())):
+            *((name, objectives.Objective(objectives.make_loss(name, C, 512, "class"),
+                                          "distance" if name in objectives.MINED else None))
+              for name in objectives.LOSSES)):
         took = criterion_seconds(criterion.to(DEVICE), batch, C, 512)
         line(what, took, note=f"{100 * took / bare:.2f} % of the bare step")
     embeddings, labels = torch.randn(112, 512, device=DEVICE), torch.arange(112, device=DEVICE) // 2

@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import scipy.stats
@@ -15,8 +18,7 @@ import data
 import evaluate
 import nir
 import objectives
-from data import UserError
-from test_common import assert_same, run, started
+from test_common import ROOT, assert_same, run, started
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2, 0, 1, 3])                               # the last class has one image
 
@@ -167,7 +169,7 @@ def test_value_and_gradients_are_those_of_the_formula(case):
     make, slow = CASES[case]
     (x, y), loss = batch(scale=1.0), make().double()
     if case == "lifted, some far enough":                                    # [J]+ is 0 for some pairs
-        assert 0 < (loss.parts(x, y) == 0).sum() < len(loss.parts(x, y))
+        assert 0 < (loss.summands(x, y) == 0).sum() < len(loss.summands(x, y))
     if case == "arcface, wide":                                              # angles on both sides of pi - m
         own = loss.cosine(x).gather(1, y.unsqueeze(1)).acos()
         assert (own < math.pi - 1.5).any() and (own > math.pi - 1.5).any()
@@ -205,12 +207,12 @@ def hard_batches():
 def test_degenerate_batches_have_a_finite_loss_and_gradient(name, kind):
     (x, y), loss = hard_batches()[kind], LOSSES[name]()
     for miner in objectives.MINERS if name in objectives.MINED else [None]:
-        criterion, x = objectives.Criterion(loss, miner), x.detach().requires_grad_()
-        value = sum(criterion.terms(x, y).values())
+        objective, x = objectives.Objective(loss, miner), x.detach().requires_grad_()
+        value = sum(objective.losses(x, y).values())
         value.backward()
         assert value.isfinite() and x.grad.isfinite().all()
         assert all(p.grad.isfinite().all() for p in loss.parameters())
-        criterion.log_values(x.detach(), y)
+        objective.diagnostics(x.detach(), y)
         if kind in ("one class", "single images", "one image", "collapsed") and isinstance(loss, objectives.Ranking):
             penalty = torch.autograd.grad(getattr(loss, "weight", 0) * x.norm(dim=1).mean(), x)[0]
             torch.testing.assert_close(x.grad, penalty, atol=1e-5, rtol=0)               # else nothing to learn
@@ -232,10 +234,10 @@ def test_losses_and_miners_make_no_tensor_on_another_device(name):
     """What is made without naming a device lands on `meta` here, and does not mix with the batch."""
     (x, y), loss = batch(dtype=torch.float32), LOSSES[name]()
     for miner in objectives.MINERS if name in objectives.MINED else [None]:
-        criterion = objectives.Criterion(loss, miner)
+        objective = objectives.Objective(loss, miner)
         with torch.device("meta"):
-            assert all(value.device.type == "cpu" for value in criterion.terms(x, y).values())
-            criterion.log_values(x, y)
+            assert all(value.device.type == "cpu" for value in objective.losses(x, y).values())
+            objective.diagnostics(x, y)
 
 
 def test_length_matters_to_lifted_softmax_and_sphereface_alone():
@@ -252,7 +254,7 @@ def test_length_matters_to_lifted_softmax_and_sphereface_alone():
     ("softmax", {}), ("normsoftmax", dict(temperature=0.05)), ("sphereface", dict(margin=4, annealing=True)),
     ("arcface", dict(scale=16.0, margin=0.5))])
 def test_a_run_has_the_published_settings(name, settings):
-    made = objectives.LOSSES[name](7, 64, "class")
+    made = objectives.make_loss(name, 7, 64, "class")
     assert {key: getattr(made, key) for key in settings} == settings
 
 
@@ -290,9 +292,9 @@ def test_losses_take_whole_numbers_and_names():
 def test_lifted_distances_of_near_copies_are_exact_in_float32():
     torch.manual_seed(0)
     x = 100 * torch.randn(30, 1, 64) + 1e-3 * torch.randn(30, 2, 64)                   # more than cdist's 25 rows
-    x, y, loss = x.flatten(0, 1), torch.arange(30).repeat_interleave(2), objectives.Lifted(alpha=2000.0)
+    x = x.flatten(0, 1)
     d = [(x[2 * i] - x[2 * i + 1]).double().norm().item() for i in range(30)]
-    ours = loss.pairs(x, y)[1]
+    ours = objectives.unnormalised_distances(x)
     assert [ours[2 * i, 2 * i + 1].item() for i in range(30)] == pytest.approx(d, rel=1e-5)
 
 
@@ -304,11 +306,11 @@ def test_multisimilarity_keeps_pairs_of_both_kinds_or_of_none():
     positive, negative = objectives.pair_masks(y)
     kept = S.masked_fill(~positive, 9).amin(1) - S.masked_fill(~negative, -9).amax(1) < 0.1
     loss = objectives.MultiSimilarity()
-    assert 0 < kept.sum() < 24 and torch.equal(loss.parts(x, y) > 0, kept)
+    assert 0 < kept.sum() < 24 and torch.equal(loss.summands(x, y) > 0, kept)
     assert loss(x, y).item() == pytest.approx(slow_multisimilarity(loss, x, y).item(), rel=1e-9)
     within = (S.masked_fill(~negative, -9).amax(1, keepdim=True) - S).abs() < 0.1      # pairs that epsilon decides about
     assert (within & positive)[kept].sum() > 3
-    loss.parts(x, y)[~kept].sum().backward()
+    loss.summands(x, y)[~kept].sum().backward()
     assert (x.grad == 0).all()
 
 
@@ -349,7 +351,7 @@ def test_sphereface_anneals_from_the_softmax_to_its_margin_by_a_saved_step():
     length = x.norm(dim=1, keepdim=True)
 
     def la():                                                   # from the own logit (la c + psi) / (1 + la)
-        own = loss.eval().logits(x, y.unsqueeze(1)).gather(1, y.unsqueeze(1)).detach() / length
+        own = loss.eval().logits(x, y).gather(1, y.unsqueeze(1)).detach() / length
         loss.train()
         return ((loss.psi(c) - own) / (own - c)).median().item()
     for step in range(3):
@@ -361,7 +363,7 @@ def test_sphereface_anneals_from_the_softmax_to_its_margin_by_a_saved_step():
 
 @pytest.mark.parametrize("margin", [0, -1, 2.5])
 def test_sphereface_takes_whole_margins_only(margin):
-    with pytest.raises(UserError, match="whole numbers"):
+    with pytest.raises(ValueError, match="whole numbers"):
         objectives.SphereFace(3, 3, margin=margin)
 
 
@@ -371,7 +373,7 @@ def test_arcface_falls_on_either_side_of_pi_minus_m(m):
     theta = torch.linspace(0, math.pi, 2001).double()
     loss = objectives.ArcFace(1, 2, scale=1.0, margin=m).double()
     loss.proxies.data[:] = torch.tensor([[1.0, 0.0]])
-    target = loss.logits(torch.stack([theta.cos(), theta.sin()], dim=1), torch.zeros(2001, 1, dtype=torch.long)).squeeze(1)
+    target = loss.logits(torch.stack([theta.cos(), theta.sin()], dim=1), torch.zeros(2001, dtype=torch.long)).squeeze(1)
     before = theta < math.pi - m
     torch.testing.assert_close(target[before], (theta + m).cos()[before], atol=1e-6, rtol=0)
     torch.testing.assert_close(target[~before], theta.cos()[~before] - m * math.sin(m))
@@ -505,12 +507,12 @@ def test_semihard_negatives_are_uniform_in_the_window_or_else_in_all():
     assert_drawn_from(expected, counts(lambda: objectives.mine_semihard(x, y, margin=0.1), 20, 1000))
 
 
-def test_the_semihard_window_of_the_criterion_is_the_losss_margin(monkeypatch):
+def test_the_semihard_window_of_the_objective_is_the_losss_margin(monkeypatch):
     x, y = batch()
     seen = []
     monkeypatch.setitem(objectives.MINERS, "semihard", lambda x, y, margin: seen.append(margin) or all_triplets(y))
     for loss in (objectives.Triplet(0.7), objectives.Margin(4, margin=0.4)):
-        objectives.Criterion(loss, "semihard").terms(x, y)
+        objectives.Objective(loss, "semihard").losses(x, y)
     assert seen == [0.7, 0.4]
 
 
@@ -594,34 +596,34 @@ def test_the_log_tells_what_the_loss_is_about():
     z = F.normalize(x)
     a, p, n = triplets = all_triplets(y)
     active = (z[a] - z[p]).square().sum(1) - (z[a] - z[n]).square().sum(1) + 0.2 > 0
-    assert objectives.Triplet().log_values(x, y, triplets)["active"].item() == pytest.approx(active.double().mean().item())
-    made = objectives.Criterion(objectives.Margin(4), "nearest")
-    logged = made.log_values(x[2:8], y[2:8])
+    assert objectives.Triplet().diagnostics(x, y, triplets)["active"].item() == pytest.approx(active.double().mean().item())
+    made = objectives.Objective(objectives.Margin(4), "nearest")
+    logged = made.diagnostics(x[2:8], y[2:8])
     assert logged.keys() == {"active", "boundary", "mined_distance"} and logged["boundary"] == pytest.approx(1.2)
     made.loss.beta.data[:] = torch.tensor([1.0, 2, 3, 6])
-    assert made.log_values(x, y)["boundary"] == 3
-    made = objectives.Criterion(objectives.Triplet(), "nearest")                      # two classes of two: one choice of p
+    assert made.diagnostics(x, y)["boundary"] == 3
+    made = objectives.Objective(objectives.Triplet(), "nearest")                      # two classes of two: one choice of p
     pairs = x[[0, 1, 2, 7]], y[[0, 1, 2, 7]]
     a, _, n = objectives.mine_nearest(*pairs)
     mean = sum(distance(z[[0, 1, 2, 7]][i], z[[0, 1, 2, 7]][j]).item() for i, j in zip(a, n)) / 4
-    assert made.log_values(*pairs)["mined_distance"] == pytest.approx(mean)
+    assert made.diagnostics(*pairs)["mined_distance"] == pytest.approx(mean)
     loss = objectives.ArcFace(4, 5).double()
     angles = [math.degrees(math.acos(F.cosine_similarity(x[i], loss.proxies[y[i]], dim=0).item())) for i in range(len(x))]
-    assert objectives.Criterion(loss).log_values(x, y) == pytest.approx({"own_angle": sum(angles) / len(angles)})
+    assert objectives.Objective(loss).diagnostics(x, y) == pytest.approx({"own_angle": sum(angles) / len(angles)})
     many = objectives.Softmax(200, 64)                                                # some cosines round to more than 1
-    assert objectives.Criterion(many).log_values(many.proxies, torch.arange(200))["own_angle"] == pytest.approx(0, abs=0.1)
+    assert objectives.Objective(many).diagnostics(many.proxies, torch.arange(200))["own_angle"] == pytest.approx(0, abs=0.1)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_criterions_term_has_the_losss_name(name):
-    made = objectives.Criterion(LOSSES[name](), "random" if name in objectives.MINED else None)
-    assert list(made.terms(*batch(dtype=torch.float32))) == [name]
+def test_an_objectives_loss_is_named_after_it(name):
+    made = objectives.Objective(LOSSES[name](), "random" if name in objectives.MINED else None)
+    assert list(made.losses(*batch(dtype=torch.float32))) == [name]
 
 
 def test_a_losss_parameters_have_a_group_of_their_own_or_none():
     for name, make in LOSSES.items():
-        groups = objectives.Criterion(make(), loss_lr=50).groups(1e-5)
-        assert [group["lr"] for group in groups] == pytest.approx([5e-4] * (name in objectives.LOSS_LR))
+        groups = objectives.Objective(make(), loss_lr=50).param_groups(1e-5)
+        assert [group["lr"] for group in groups] == pytest.approx([5e-4] * (name in objectives.LEARNED))
         assert all("weight_decay" not in group and len(group["params"]) == 1 for group in groups)
 
 
@@ -642,31 +644,34 @@ def test_presets_are_the_protocols_settings_field_by_field(loss, expected):
         assert given == {**REVISITING, **expected, **others, **rate}
     for dataset in ("toy", "folder", "cub200", "sop"):
         scratch = objectives.preset(argparse.Namespace(dataset=dataset, weights="none", loss=loss))
-        assert all(scratch[name] == nir.SCRATCH[name] for name in ("batch_size", "epochs", "lr_steps", "lr_gamma", "warmup"))
+        of_nir = nir.preset(argparse.Namespace(dataset=dataset, weights="none", embed_dim=64, nir_weight=None))
+        assert all(scratch[name] == of_nir[name] for name in ("batch_size", "epochs", "lr_steps", "lr_gamma", "warmup"))
         assert scratch["lr"] == (3e-4 if loss == "arcface" else 3e-3) and scratch["miner"] == expected.get("miner")
         assert scratch["loss_lr"] == (None if "loss_lr" not in expected else 1 if loss == "margin" else 10)
 
 
 def test_a_run_of_the_protocol_has_its_network_loss_and_miner(monkeypatch):
-    args, criterion, name = started(monkeypatch, objectives, "--dataset", "cub200", "--loss", "margin", "--miner", "distance")
-    args, made = vars(args), criterion(7)
+    argv = "--dataset cub200 --loss margin --miner distance".split()
+    args, make_criterion, name = started(monkeypatch, objectives, *argv)
+    args, made = vars(args), make_criterion(7)
     assert name == "cub200-margin-class-distance-seed0" and made.loss.beta.shape == (7,)
     assert (args["arch"], args["weights"], args["embed_dim"], args["usual_batch_size"], args["weight_decay"], args["epochs"]) == (
         "resnet50", "imagenet", 128, 112, 4e-4, 150)
-    assert (made.miner, made.groups(1e-5)[0]["lr"]) == ("distance", pytest.approx(5e-4))
+    assert (made.miner, made.param_groups(1e-5)[0]["lr"]) == ("distance", pytest.approx(5e-4))
 
 
 def test_the_command_line_chooses_loss_miner_and_boundary(monkeypatch):
     for loss in LOSSES:
-        _, criterion, name = started(monkeypatch, objectives, "--dataset", "toy", "--loss", loss)
-        made = criterion(7)
+        _, make_criterion, name = started(monkeypatch, objectives, "--dataset", "toy", "--loss", loss)
+        made = make_criterion(7)
         assert type(made.loss).__name__.lower() == loss and name.startswith(f"toy-{loss}-")
         assert all(p.shape in ((7,), (7, 64)) for p in made.parameters()) and (made.miner is not None) == (loss in objectives.MINED)
         assert getattr(made.loss, "annealing", True)
-    _, criterion, name = started(monkeypatch, objectives, *"--dataset toy --beta global --miner semihard --loss_lr 3".split())
-    made = criterion(7)
+    argv = "--dataset toy --beta global --miner semihard --loss_lr 3".split()
+    _, make_criterion, name = started(monkeypatch, objectives, *argv)
+    made = make_criterion(7)
     assert made.loss.beta.shape == () and made.miner == "semihard" and name == "toy-margin-global-semihard-seed0"
-    assert made.groups(0.1)[0]["lr"] == pytest.approx(0.3)
+    assert made.param_groups(0.1)[0]["lr"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -692,7 +697,40 @@ def test_help_lists_presets_and_options(capsys):
     with pytest.raises(SystemExit):
         objectives.main(["--help"])
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--loss", "--miner", "--beta", "--loss_lr", "loss_lr normsoftmax", "lr arcface"))
+    assert all(option in text for option in ("--loss", "--miner", "--beta", "--loss_lr"))
+
+
+@pytest.mark.parametrize("loss, expected", [
+    ("normsoftmax", [["loss_lr", "10"], ["NormSoftmax.temperature", "0.05"]]),
+    ("arcface", [["lr", "0.0003"], ["ArcFace.scale", "16.0"]]),
+    ("sphereface", [["SphereFace.margin", "4"], ["SphereFace.annealing", "True"]]),
+    ("margin", [["miner", "distance"], ["beta", "class"], ["distance_probabilities.upper", "1.4"]])])
+def test_help_shows_the_settings_of_the_loss_that_is_given(loss, expected, capsys):
+    with pytest.raises(SystemExit):
+        objectives.main(["--dataset", "toy", "--loss", loss, "--help"])
+    text = capsys.readouterr().out
+    shown = [line.split() for line in text.splitlines()]
+    assert all(line in shown for line in expected)
+    assert "granularity" not in text                                                  # it is --beta
+
+
+def test_in_an_empty_folder_with_nir_beside_it_the_objective_trains(tmp_path):
+    for name in ("objectives.py", "nir.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = """
+        import sys
+        import torch
+        import objectives
+        for name in objectives.LOSSES:
+            loss = objectives.make_loss(name, 3, 4, "class")
+            objective = objectives.Objective(loss, "distance" if name in objectives.MINED else None)
+            embeddings, labels = torch.randn(6, 4, requires_grad=True), torch.arange(6) % 3
+            sum(objective.losses(embeddings, labels).values()).backward()
+            assert embeddings.grad.isfinite().all()
+        assert not {"common", "data", "evaluate", "torchvision", "scipy"} & sys.modules.keys()
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_script_runs_its_main():
