@@ -1,22 +1,44 @@
-"""How good are the embeddings? Retrieval and clustering metrics, the structure of the embedding space, pictures.
+"""How good are the embeddings? Retrieval and clustering metrics, the structure of the
+embedding space, pictures.
 
-In reading order: retrieval, clustering, structure, uncertainty (what the norm knows), pictures, the comparison of
-finished runs over their seeds. Everything is exact, needs no pairwise matrix in memory at once (Stanford Online
-Products' 60,502 test images fit beside 2 GiB), and runs where the embeddings are.
+In reading order: retrieval, clustering, the structure of the space, uncertainty (what
+the norm of an embedding tells), all metrics in one call; then how queries are compared
+and k-means computed; pictures; the comparison of finished runs over their seeds; main.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
     python evaluate.py --checkpoint runs/NAME/best.pt --embeddings photos.npz --images my_photos
-    python evaluate.py --compare runs/A-seed* runs/B-seed* --baseline runs/A-seed0 --out comparison.md
+    python evaluate.py --compare runs/A-seed* runs/B-seed* --baseline runs/A-seed0 --out table.md
+
+The metrics are exact. No (N, N) matrix is ever held as a whole, so that the 60,502 test
+images of Stanford Online Products need less than 2 GiB beside their embeddings.
+Everything is computed on the device where the embeddings are.
+
+    symbol           here
+    N, D, C          number of images, dimension of an embedding, number of classes
+    B                number of images of one chunk, whose similarities to all are (B, N)
+    query            an image for which the most similar other images are looked up
+    positive         another image of the query's class; R is how many a query has
+    negative         an image of another class
+    Recall@k, mAP@k  recall_at_k, mean_average_precision; MAP@R is map_at_r
+    NMI, F1          clustering
+    G_2              uniformity
+    rho              spectral_decay
+    pi_density       density
+    sigma^2_kappa    concentration_variance
 """
+
 import argparse
 import csv
 import json
 import math
+import os
 import re
 import warnings
 from pathlib import Path
 
-import data                                               # before torch: see its first lines
+# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import scipy.stats
 import torch
@@ -24,527 +46,1225 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid, save_image
 
+import data
 from data import UserError, progress
 
-CHUNK = 2 ** 25    # entries of an (N, N) matrix held at a time: 128 MiB in float32
-TIE = 1e-6         # cosines closer than this are equal: float32 products differ by nearly as much with their place in
-                   # the matrix, and a network that has collapsed must not live on its rounding errors
+# Entries of an (N, N) matrix that are held at a time: 128 MiB in float32.
+CHUNK = 2**25
+
+# Cosines closer than this are equal. In float32 a product varies by nearly as much with
+# its place in the matrix, and a network that maps all images to one point must not be
+# rewarded for such rounding errors.
+TIE = 1e-6
 
 
-def check(embeddings, labels=None, pairs=False, ks=()):
-    """(embeddings in float32 or float64 without gradient, labels renumbered 0 .. C-1), or a UserError, with `pairs` also
-    where no class has two images; `ks` are for Recall@k or mAP@k."""
-    if any(not isinstance(k, int) or k < 1 for k in ks):
-        raise UserError(f"k = {list(ks)} cannot be evaluated: give positive whole numbers")
-    if embeddings.dim() != 2 or embeddings.shape[0] < 2 or embeddings.shape[1] < 1:
-        raise UserError(f"embeddings of shape {tuple(embeddings.shape)} cannot be evaluated: give (N, D) with N >= 2")
-    if bad := int((~embeddings.isfinite()).any(1).sum()):
-        raise UserError(f"{bad} of {len(embeddings)} embeddings hold NaN or infinity: diverged, try a smaller learning rate")
-    embeddings = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
-    if labels is None:
-        return embeddings
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-        raise UserError(f"{len(embeddings)} embeddings need as many integer labels, not {labels.dtype} {tuple(labels.shape)}")
-    labels = labels.to(embeddings.device).unique(return_inverse=True)[1]
-    if pairs and labels.bincount().max() < 2:
-        raise UserError("no class has two images, so there is nothing to compare: evaluate on other data")
-    return embeddings, labels
-
-
-# ------------------------------------------------------------------------------------------------------ retrieval
-
-def comparisons(embeddings, labels, what, similarity=None):
-    """For chunks of queries: similarity to the relatives (same class, not the query itself) and to the strangers, by
-    cosine (0 between a zero vector and all others) or by `similarity`, a function of (B, D) and (N, D) to (B, N).
-
-    Yields relatives (B, M), closest first, filled up with -inf, and strangers (B, N), -inf where no stranger is.
-    """
-    order, counts = labels.argsort(stable=True), labels.bincount()    # order: the members of class 0, of class 1, ...
-    first = counts.cumsum(0) - counts                                 # where a class begins in order
-    queries = order[counts[labels[order]] > 1]
-    if len(queries) < len(labels):
-        warnings.warn(f"{len(labels) - len(queries)} of {len(labels)} images are alone in their class: no queries")
-    # By class: M is the largest class of the chunk, not of the data set. A kernel needs room for its intermediate steps.
-    chunks = queries.split(max(1, CHUNK // len(labels) // (8 if similarity else 1)))
-    if similarity is None:
-        embeddings, similarity = F.normalize(embeddings, dim=1), lambda queries, others: queries @ others.T
-    for query in progress(chunks, len(chunks), what):
-        label = labels[query]
-        slot = torch.arange(int(counts[label].max()), device=label.device)
-        member = order[(first[label].unsqueeze(1) + slot).clamp(max=len(order) - 1)]        # (B, M + 1)
-        absent = (slot >= counts[label].unsqueeze(1)) | (member == query.unsqueeze(1))      # always true for one slot
-        member = torch.where(absent, query.unsqueeze(1), member)
-        near = similarity(embeddings[query], embeddings)                                    # (B, N)
-        relatives = near.gather(1, member).masked_fill(absent, -math.inf)
-        yield relatives.sort(dim=1, descending=True).values[:, :-1], near.scatter_(1, member, -math.inf)
+# ---------------------------------------------------------------------------- retrieval
 
 
 def recall_at_k(embeddings, labels, ks, similarity=None):
-    """Recall@k {k: fraction of queries with a relative among the k most similar} of (N, D) embeddings.
+    """How often is one of the k most similar images a positive? {k: Recall@k}.
 
-    No sorting: it is a hit when fewer than k strangers are at least as close as the closest relative. A tie counts
-    against the query, so that a network which maps all images to one point scores 0 (an argsort may give it 100 %).
-    Images alone in their class are no queries (warning). Raises UserError if no query is left.
+    For embeddings (N, D) and labels (N,). `similarity` as in `positives_and_negatives`.
+
+        ahead(q)  = number of negatives at least as similar to q as q's closest positive
+        Recall@k  = fraction of the queries q with ahead(q) < k
+
+    This needs no sorting. A tie counts against the query, so that a network which maps
+    all images to one point scores 0. (Sorting may give it 100 %.) Raises UserError if
+    no image has a positive.
     """
+    check_ks(ks)
+    embeddings, labels = check(embeddings, labels, need_positives=True)
+
     ahead = []
-    for relatives, strangers in comparisons(*check(embeddings, labels, True, ks), "recall: queries", similarity):
-        closest = relatives[:, :1]
-        strangers.ge_(closest - TIE * closest.abs().clamp(min=1))    # ones and zeros in floats: adding those up is ten
-        ahead.append(strangers.sum(1))                               # times faster than adding booleans
+    chunks = positives_and_negatives(embeddings, labels, "recall: queries", similarity)
+    for positives, negatives in chunks:
+        closest = positives[:, :1]  # (B, 1)
+        margin = TIE * closest.abs().clamp(min=1)
+        # In place, as ones and zeros in floats: adding up booleans is ten times slower.
+        at_least_as_close = negatives.ge_(closest - margin)  # (B, N)
+        ahead.append(at_least_as_close.sum(1))
     ahead = torch.cat(ahead)
+
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 
-def mean_average_precisions(embeddings, labels, ks):
-    """A list of mAP@k, one for each k of `ks`, in a single pass; k = None stands for R, the query's own number."""
-    totals, queries, numbers = [0.0] * len(ks), 0, [k for k in ks if k is not None]
-    for relatives, strangers in comparisons(*check(embeddings, labels, True, numbers), "mAP: queries"):
-        present = relatives > -math.inf
-        R = present.sum(1, keepdim=True)
-        # The j-th closest relative is at position j + strangers at least as close; the k closest of them are enough.
-        cap = min(strangers.shape[1], max(relatives.shape[1] if k is None else k for k in ks))
-        closest = strangers.topk(cap).values                                                          # (B, cap)
-        j = torch.arange(1, relatives.shape[1] + 1, device=R.device)
-        position = j + torch.searchsorted(-closest, TIE - relatives, right=True)                      # (B, M)
-        for i, k in enumerate(ks):
-            limit = R if k is None else torch.full_like(R, k)
-            precision = torch.where(present & (position <= limit), j / position, 0.0)
-            totals[i] += (precision.sum(1, keepdim=True, dtype=torch.float64) / R.minimum(limit)).sum().item()
-        queries += len(R)
-    return [total / queries for total in totals]
-
-
 def mean_average_precision(embeddings, labels, k=1000):
-    """mAP@k in [0, 1] by cosine: the precision at each relative within the k nearest, summed, over min(R, k).
+    """mAP@k in [0, 1]: do the positives come first among the k most similar images?
 
-    R is the query's number of relatives. (The authors' mAP@1000 divides by the class's size with the query in it.) Ties,
-    queries without relatives and errors as in `recall_at_k`.
+        position(j) = j + number of negatives at least as similar as the j-th positive
+        AP@k = (sum over all j with position(j) <= k of j / position(j)) / min(R, k)
+        mAP@k = mean of AP@k over the queries
+
+    By cosine. j / position(j) is the precision at the j-th positive. (The authors'
+    mAP@1000 divides by the class's size with the query in it.) Ties, images alone in
+    their class and errors as in `recall_at_k`.
     """
     return mean_average_precisions(embeddings, labels, [k])[0]
 
 
+def mean_average_precisions(embeddings, labels, ks):
+    """mAP@k for each k of `ks`, as a list, in a single pass; k = None stands for k = R.
+
+    The formula is in `mean_average_precision`.
+    """
+    check_ks([k for k in ks if k is not None])
+    embeddings, labels = check(embeddings, labels, need_positives=True)
+
+    totals = [0.0] * len(ks)
+    num_queries = 0
+    for positives, negatives in positives_and_negatives(embeddings, labels, "mAP: queries"):
+        is_positive = positives > -math.inf  # (B, M)
+        R = is_positive.sum(1, keepdim=True)  # (B, 1)
+        M = positives.shape[1]
+
+        # Positions beyond k do not count, so the k closest negatives are enough.
+        largest_k = max(M if k is None else k for k in ks)
+        closest = negatives.topk(min(largest_k, negatives.shape[1])).values
+
+        # ahead: the number of negatives that are at least as similar as the j-th
+        # positive. The search wants ascending numbers, hence the minus signs.
+        j = torch.arange(1, M + 1, device=R.device)
+        ahead = torch.searchsorted(-closest, TIE - positives, right=True)  # (B, M)
+        position = j + ahead
+
+        for i, k in enumerate(ks):
+            limit = R if k is None else torch.full_like(R, k)  # (B, 1)
+            within_k = is_positive & (position <= limit)  # (B, M)
+            precision = torch.where(within_k, j / position, 0.0)
+            total = precision.sum(1, keepdim=True, dtype=torch.float64)  # (B, 1)
+            average_precision = total / R.minimum(limit)
+            totals[i] += average_precision.sum().item()
+        num_queries += len(R)
+
+    return [total / num_queries for total in totals]
+
+
 def map_at_r(embeddings, labels):
-    """MAP@R in [0, 1]: mAP@k with k = R (Musgrave et al. 2020, "A Metric Learning Reality Check")."""
+    """MAP@R in [0, 1]: mAP@k with k = R, the query's own number of positives.
+
+    Source: Musgrave et al. 2020, "A Metric Learning Reality Check".
+    """
     return mean_average_precisions(embeddings, labels, [None])[0]
 
 
-# ----------------------------------------------------------------------------------------------------- clustering
-
-def k_means(embeddings, k, seed=0, iterations=100):
-    """(N,) clusters of (N, D) points: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd until nothing changes."""
-    x = embeddings - embeddings.mean(0)            # distances stay, and their expansion |x|^2 - 2xc + |c|^2 loses less
-    square = x.square().sum(1)
-    uniform = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)     # on any device
-    chosen, nearest = [], torch.ones_like(square)
-    for i in progress(range(k), k, "k-means: centres"):
-        cumulative = nearest.double().cumsum(0)                                   # draws in proportion to distance^2
-        at = torch.searchsorted(cumulative, cumulative[-1:] * uniform[i], right=True).clamp(max=len(x) - 1)
-        distance = (square - 2 * (x @ x[at[0]]) + square[at]).clamp(min=0)
-        nearest = distance if i == 0 else nearest.minimum(distance)
-        chosen.append(at)
-    centres, clusters = x[torch.cat(chosen)], None
-    for _ in progress(range(iterations), iterations, "k-means: at most"):
-        parts = [torch.addmm(centres.square().sum(1), part, centres.T, alpha=-2).min(1)             # (B, k) -> (B,)
-                 for part in x.split(max(1, CHUNK // k))]
-        previous, clusters = clusters, torch.cat([part.indices for part in parts])
-        if previous is not None and torch.equal(clusters, previous):
-            break
-        counts = clusters.bincount(minlength=k)
-        centres = torch.zeros_like(centres).index_add_(0, clusters, x) / counts.clamp(min=1).unsqueeze(1)
-        empty = (counts == 0).nonzero().flatten()
-        if len(empty):                             # an empty cluster begins anew at the point worst served
-            centres[empty] = x[(square + torch.cat([part.values for part in parts])).topk(len(empty)).indices]
-    return clusters
-
-
-def partition_scores(clusters, labels):
-    """{"nmi", "f1"} in [0, 1] of two (N,) partitions.
-
-    NMI = 2 I(labels; clusters) / (H(labels) + H(clusters)). F1 (Song et al. 2016) is over pairs of images: a pair in
-    one cluster is right if it is in one class. Only the non-empty cells of the contingency table are ever stored.
-    """
-    clusters, labels = clusters.unique(return_inverse=True)[1], labels.unique(return_inverse=True)[1]
-    joint = clusters * (labels.max() + 1) + labels
-    sizes = [part.unique(return_counts=True)[1].double() for part in (clusters, labels, joint)]
-    entropy = [-(n / n.sum() * (n / n.sum()).log()).sum().item() for n in sizes]
-    pairs = [(n * (n - 1) / 2).sum().item() for n in sizes]
-    # Two partitions without any information, or any pair, are the same partition: 1.
-    nmi = 2 * (entropy[0] + entropy[1] - entropy[2]) / (entropy[0] + entropy[1]) if entropy[0] + entropy[1] > 0 else 1.0
-    f1 = 2 * pairs[2] / (pairs[0] + pairs[1]) if pairs[0] + pairs[1] > 0 else 1.0
-    return {"nmi": min(1.0, max(0.0, nmi)), "f1": f1}
+# --------------------------------------------------------------------------- clustering
 
 
 def clustering(embeddings, labels, seed=0):
-    """{"nmi", "f1"} of k-means with k = the number of classes, by Euclidean distance on (N, D) embeddings as given."""
+    """{"nmi", "f1"} of a k-means clustering into as many clusters as there are classes.
+
+    By Euclidean distance on the embeddings (N, D) as given. See `partition_scores`.
+    """
     embeddings, labels = check(embeddings, labels)
-    return partition_scores(k_means(embeddings, int(labels.max()) + 1, seed), labels)
+    num_classes = int(labels.max()) + 1
+    clusters = k_means(embeddings, num_classes, seed)
+    return partition_scores(clusters, labels)
 
 
-# ------------------------------------------------------------------------------------------------------ structure
+def partition_scores(clusters, labels):
+    """How well do clusters (N,) and classes (N,) agree? {"nmi", "f1"}, both in [0, 1].
+
+        NMI        = 2 I / (H(clusters) + H(labels))
+        I          = H(clusters) + H(labels) - H(joint)
+        F1         = 2 precision recall / (precision + recall)
+        precision  = P(joint) / P(clusters),   recall = P(joint) / P(labels)
+
+    H is an entropy, P a number of pairs of images: those in one cluster, in one class,
+    in both. So F1 = 2 P(joint) / (P(clusters) + P(labels)) (Song et al. 2016). Of the
+    contingency table only the cells that are not empty are ever stored.
+    """
+    clusters = clusters.unique(return_inverse=True)[1]
+    labels = labels.unique(return_inverse=True)[1]
+    joint = clusters * (labels.max() + 1) + labels  # numbers the cells of the table
+
+    cluster_sizes = clusters.unique(return_counts=True)[1].double()
+    label_sizes = labels.unique(return_counts=True)[1].double()
+    joint_sizes = joint.unique(return_counts=True)[1].double()
+
+    # Two partitions without any information, or any pair, are the same partition: 1.
+    nmi = 1.0
+    entropies = partition_entropy(cluster_sizes) + partition_entropy(label_sizes)
+    if entropies > 0:
+        information = entropies - partition_entropy(joint_sizes)
+        nmi = 2 * information / entropies
+
+    f1 = 1.0
+    pairs = partition_pairs(cluster_sizes) + partition_pairs(label_sizes)
+    if pairs > 0:
+        f1 = 2 * partition_pairs(joint_sizes) / pairs
+
+    return {"nmi": min(1.0, max(0.0, nmi)), "f1": f1}
+
+
+def partition_entropy(sizes):
+    """H = -sum_i p_i log p_i with p_i = n_i / N, of a partition with group sizes n_i."""
+    p = sizes / sizes.sum()
+    return -(p * p.log()).sum().item()
+
+
+def partition_pairs(sizes):
+    """sum_i n_i (n_i - 1) / 2: the pairs of images that are in one group."""
+    return (sizes * (sizes - 1) / 2).sum().item()
+
+
+# --------------------------------------------------------------- structure of the space
+
 
 def uniformity(embeddings):
-    """G2 = log mean_{i<j} exp(-2 ||x_i - x_j||^2), at most 0, of (N, D) embeddings as given (Wang and Isola 2020).
+    """How evenly do the embeddings (N, D), taken as given, fill the sphere?
 
-    The lower, the more evenly the embeddings fill the sphere; 0 means that all of them are one point.
+        G_2 = log mean_{i<j} exp(-2 ||x_i - x_j||^2)
+
+    At most 0. The lower, the more evenly; at 0 all embeddings are one point. Source:
+    Wang and Isola 2020.
     """
-    x = check(embeddings)
-    x = x - x.mean(0)                              # distances stay, and their expansion loses fewer digits
-    square, size, rows = x.square().sum(1), max(1, CHUNK // len(x)), []
-    for start in progress(range(0, len(x), size), math.ceil(len(x) / size), "uniformity: rows"):
-        own = slice(start, start + size)
-        energy = torch.addmm(square[start:], x[own], x[start:].T, alpha=-2).add_(square[own, None]).clamp_(min=0).mul_(-2)
-        energy[:, :len(energy)] += torch.full([len(energy)] * 2, -math.inf, device=x.device).tril()  # (B, N - start): i < j
-        rows.append(energy.logsumexp(1).double())  # logarithms: distant points would underflow to log 0
-    return torch.cat(rows).logsumexp(0).item() - math.log(len(x) * (len(x) - 1) / 2)
+    x = check_embeddings(embeddings)
+    N = len(x)
+    # Distances stay the same, and ||x_i||^2 - 2 x_i.x_j + ||x_j||^2 loses fewer digits.
+    x = x - x.mean(0)
+    squared_norm = x.square().sum(1)  # (N,)
+
+    log_sums = []
+    chunk_size = max(1, CHUNK // N)
+    starts = range(0, N, chunk_size)
+    for start in progress(starts, len(starts), "uniformity: rows"):
+        rows = slice(start, start + chunk_size)
+
+        # -2 ||x_i - x_j||^2 for the chunk's i and all j from its first image on.
+        exponent = torch.addmm(squared_norm[start:], x[rows], x[start:].T, alpha=-2)
+        exponent.add_(squared_norm[rows, None]).clamp_(min=0).mul_(-2)  # (B, N - start)
+
+        # Only the pairs i < j count: -inf on and below the diagonal.
+        B = len(exponent)
+        exponent[:, :B] += torch.full((B, B), -math.inf, device=x.device).tril()
+
+        # In logarithms, as the sums over distant points would underflow.
+        log_sums.append(exponent.logsumexp(1).double())
+
+    num_pairs = N * (N - 1) / 2
+    return torch.cat(log_sums).logsumexp(0).item() - math.log(num_pairs)
 
 
 def spectral_decay(embeddings):
-    """rho = KL(uniform || normalised singular values of the (N, D) embedding matrix as given), at least 0.
+    """How unevenly do the embeddings use their dimensions?
 
-    0 if all min(N, D) directions carry the same; the larger, the fewer of them are in use (Roth et al. 2020,
-    "Revisiting Training Strategies and Generalization Performance in Deep Metric Learning"). A singular value below
-    float32's resolution of the largest (1.2e-7) counts as that much, so that an unused direction costs a finite sum.
+        rho = KL(uniform || s) = -log n - (1/n) sum_i log s_i
+
+    s_1 .. s_n are the n = min(N, D) singular values of the embedding matrix (N, D) as
+    given, divided by their sum. At least 0, which means that all directions carry the
+    same; the larger, the fewer of them are in use. A singular value below float32's
+    resolution of the largest (1.2e-7) counts as that much, so that an unused direction
+    costs a finite sum. Source: Roth et al. 2020, "Revisiting Training Strategies and
+    Generalization Performance in Deep Metric Learning".
     """
-    # Those of the (D, D) factor R of QR, which is small. Not from the Gram matrix: its eigenvalues are squares, and the
-    # small singular values weigh most here.
-    values = torch.linalg.svdvals(torch.linalg.qr(check(embeddings).double(), mode="r").R)
-    values = values.clamp(min=max(values[0].item() * torch.finfo(torch.float32).eps, 1e-300))
-    return max(0.0, -math.log(len(values)) - (values / values.sum()).log().mean().item())
+    X = check_embeddings(embeddings).double()
+    # The triangular factor of X = QR has the same singular values and is small, (D, D).
+    # The Gram matrix would not do: its eigenvalues are their squares, and the small
+    # ones weigh most here.
+    R = torch.linalg.qr(X, mode="r").R
+    s = torch.linalg.svdvals(R)  # (n,), the largest first
 
-
-def class_sums(embeddings, labels):
-    """Per class: the sum of its unit vectors (C, D), the sum of their squares (C,), their number (C,); in float64."""
-    x = F.normalize(embeddings.double(), dim=1)
-    counts = labels.bincount()
-    sums = x.new_zeros(len(counts), x.shape[1]).index_add_(0, labels, x)
-    return sums, x.new_zeros(len(counts)).index_add_(0, labels, x.square().sum(1)), counts
-
-
-def mean_cosine_distance(sums, squares, counts):
-    """Mean over all pairs of n unit vectors: 1 - (||sum x||^2 - sum ||x||^2) / (n (n - 1))."""
-    return 1 - (sums.square().sum(-1) - squares) / (counts * (counts - 1))
+    resolution = torch.finfo(torch.float32).eps
+    s = s.clamp(min=max(s[0].item() * resolution, 1e-300))
+    s = s / s.sum()
+    rho = -math.log(len(s)) - s.log().mean().item()
+    return max(0.0, rho)
 
 
 def density(embeddings, labels):
-    """pi_density: mean over classes of the mean cosine distance within a class, over that between the class means.
+    """How dense are the classes, compared with the distances between them?
 
-    Within: classes of two images or more. Between: all pairs of normalised class means, clamped at 1e-12 for a network
-    that has collapsed. At least 0, small for tight classes far apart; nan with a single class or no pair in any.
+        within(c)   = mean cosine distance of all pairs of images of class c
+        between     = mean cosine distance of all pairs of class means, normalised
+        pi_density  = (mean over c of within(c)) / between
+
+    At least 0; small for tight classes far apart. Classes of one image have no
+    `within`. `between` is at least 1e-12, for a network that maps all images to one
+    point. The result is nan with a single class, or where no class has two images.
     """
-    sums, squares, counts = class_sums(*check(embeddings, labels))
+    embeddings, labels = check(embeddings, labels)
+    sums, squares, counts = class_sums(embeddings, labels)
+
     paired = counts > 1
-    within = mean_cosine_distance(sums[paired], squares[paired], counts[paired]).clamp(min=0).mean()
-    means = F.normalize(sums, dim=1)
-    between = mean_cosine_distance(means.sum(0), means.square().sum(), torch.tensor(len(means))).clamp(min=1e-12)
-    return (within / between).item()               # a single class: 0 / 0 pairs, which is nan
+    within = mean_cosine_distance(sums[paired], squares[paired], counts[paired])
+    within = within.clamp(min=0).mean()
+
+    means = F.normalize(sums, dim=1)  # (C, D)
+    num_classes = torch.tensor(len(means))  # a tensor, as a single class gives 0 / 0
+    between = mean_cosine_distance(means.sum(0), means.square().sum(), num_classes)
+    between = between.clamp(min=1e-12)
+
+    return (within / between).item()
 
 
 def concentration_variance(embeddings, labels):
-    """sigma^2_kappa: variance over classes (of two images or more) of their von Mises-Fisher concentration.
+    """How much do the classes differ in concentration? sigma^2_kappa, at least 0.
 
-    kappa = R (D - R^2) / (1 - R^2) with the mean resultant length R (Banerjee et al. 2005), 1 - R^2 at least 1e-6.
-    The estimator of the NIR paper is not known, so compare these values with each other only. R is never near 0 for
-    few images (about 1 / sqrt(n) for n random ones): small classes look more concentrated than they are.
+        R_c            = ||sum of the unit vectors of class c|| / number of its images
+        kappa_c        = R_c (D - R_c^2) / (1 - R_c^2)
+        sigma^2_kappa  = variance over c of kappa_c
+
+    R is the mean resultant length, kappa the concentration of a von Mises-Fisher
+    distribution (Banerjee et al. 2005). 1 - R^2 is at least 1e-6, and classes of one
+    image are left out. The estimator of the NIR paper is not known, so compare these
+    values with each other only. For few images R is never near 0 (about 1 / sqrt(n) for
+    n random ones): small classes look more concentrated than they are.
     """
-    sums, _, counts = class_sums(*check(embeddings, labels))
-    R = sums[counts > 1].norm(dim=1) / counts[counts > 1]
-    kappa = R * (sums.shape[1] - R.square()) / (1 - R.square()).clamp(min=1e-6)
+    embeddings, labels = check(embeddings, labels)
+    sums, _, counts = class_sums(embeddings, labels)
+
+    D = sums.shape[1]
+    paired = counts > 1
+    R = sums[paired].norm(dim=1) / counts[paired]
+    kappa = R * (D - R.square()) / (1 - R.square()).clamp(min=1e-6)
     return kappa.var(correction=0).item()
 
 
-def uncertainty(embeddings, labels, ambiguity=None):
-    """Does the norm of an (N, D) embedding, not normalised, say how certain it is? ({name: number}, error curve).
+def class_sums(embeddings, labels):
+    """For each class: the sum of its unit vectors, of their squares, and their number.
 
-    norm_auroc: chance that of two images the one whose nearest neighbour (by cosine) is right has the larger norm.
-    norm_clarity: Spearman correlation of the norm with 1 - ambiguity (N,), where that is known.
-    The curve is [(fraction rejected, error of the others)]: images of the lowest norm are rejected first.
+    In float64. Shapes (C, D), (C,), (C,). A zero vector stays zero.
+    """
+    x = F.normalize(embeddings.double(), dim=1)
+    counts = labels.bincount()
+    sums = x.new_zeros(len(counts), x.shape[1]).index_add_(0, labels, x)
+    squares = x.new_zeros(len(counts)).index_add_(0, labels, x.square().sum(1))
+    return sums, squares, counts
+
+
+def mean_cosine_distance(sums, squares, n):
+    """The mean of 1 - x_i.x_j over all pairs i != j of n unit vectors, from their sums.
+
+        mean = 1 - (||sum_i x_i||^2 - sum_i ||x_i||^2) / (n (n - 1))
+    """
+    return 1 - (sums.square().sum(-1) - squares) / (n * (n - 1))
+
+
+# -------------------------------------------------------------------------- uncertainty
+
+
+def uncertainty(embeddings, labels, ambiguity=None):
+    """Does the norm of an embedding say how certain it is? ({name: number}, curve).
+
+    For embeddings (N, D) that are not normalised. An image is right if its nearest
+    neighbour by cosine is of its class.
+
+        norm_auroc    chance that a right image has a larger norm than a wrong one
+        norm_clarity  Spearman correlation of the norm with 1 - ambiguity (N,), if known
+
+    The rejection curve is [(fraction rejected, error of the others)], where the images
+    of lowest norm are rejected first.
     """
     embeddings, labels = check(embeddings, labels)
-    directions = F.normalize(embeddings, dim=1)
-    chunks = torch.arange(len(labels), device=labels.device).split(max(1, CHUNK // len(labels)))
-    nearest = [(directions[own] @ directions.T).scatter_(1, own.unsqueeze(1), -math.inf).argmax(1) for own in chunks]
-    right, norm = (labels[torch.cat(nearest)] == labels).cpu().numpy(), embeddings.norm(dim=1).cpu().numpy()
+    N = len(labels)
+    unit = F.normalize(embeddings, dim=1)
+    chunks = torch.arange(N, device=labels.device).split(max(1, CHUNK // N))
+    nearest = [cosines_to_others(unit, chunk).argmax(1) for chunk in chunks]
+    nearest = torch.cat(nearest)  # (N,)
+
+    right = (labels[nearest] == labels).cpu().numpy()
+    wrong = ~right
+    norm = embeddings.norm(dim=1).cpu().numpy()
+
     values = {"norm_auroc": math.nan}
-    if 0 < right.sum() < len(right):
-        wins = scipy.stats.mannwhitneyu(norm[right], norm[~right]).statistic
-        values["norm_auroc"] = float(wins) / float(right.sum() * (~right).sum())
+    if right.any() and wrong.any():
+        wins = scipy.stats.mannwhitneyu(norm[right], norm[wrong]).statistic
+        values["norm_auroc"] = float(wins) / float(right.sum() * wrong.sum())
     if ambiguity is not None:
-        values["norm_clarity"] = float(scipy.stats.spearmanr(norm, 1 - ambiguity.cpu().numpy()).statistic)
-    wrong = ~right[norm.argsort(kind="stable")]
-    return values, [(i / 20, float(wrong[len(wrong) * i // 20:].mean())) for i in range(20)]
+        clarity = 1 - ambiguity.cpu().numpy()
+        values["norm_clarity"] = float(scipy.stats.spearmanr(norm, clarity).statistic)
+
+    wrong = wrong[norm.argsort(kind="stable")]  # the lowest norm first
+    curve = [(i / 20, float(wrong[N * i // 20 :].mean())) for i in range(20)]
+    return values, curve
+
+
+def cosines_to_others(unit_embeddings, queries):
+    """Cosines (B, N) of queries, indices (B,), to all images; -inf to the query itself."""
+    cosines = unit_embeddings[queries] @ unit_embeddings.T
+    return cosines.scatter_(1, queries.unsqueeze(1), -math.inf)
+
+
+# -------------------------------------------------------------------------- all metrics
 
 
 def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
-    """All of the above as {name: number}, for the L2-normalised (N, D) embeddings; `seed` is that of k-means."""
+    """Retrieval, clustering and structure of the space in one call: {name: number}.
+
+    Embeddings (N, D) are L2-normalised first; labels (N,). `seed` is that of k-means.
+    """
     embeddings, labels = check(embeddings, labels)
     embeddings = F.normalize(embeddings, dim=1)
-    metrics = {f"recall@{k}": value for k, value in recall_at_k(embeddings, labels, ks).items()}
-    metrics["map@1000"], metrics["map@r"] = mean_average_precisions(embeddings, labels, [1000, None])
-    return {**metrics, **clustering(embeddings, labels, seed), "uniformity": uniformity(embeddings),
-            "spectral_decay": spectral_decay(embeddings), "density": density(embeddings, labels),
-            "concentration_variance": concentration_variance(embeddings, labels)}
+
+    recall = recall_at_k(embeddings, labels, ks)
+    metrics = {f"recall@{k}": value for k, value in recall.items()}
+    map_1000, map_r = mean_average_precisions(embeddings, labels, [1000, None])
+    metrics["map@1000"] = map_1000
+    metrics["map@r"] = map_r
+    metrics.update(clustering(embeddings, labels, seed))
+    metrics["uniformity"] = uniformity(embeddings)
+    metrics["spectral_decay"] = spectral_decay(embeddings)
+    metrics["density"] = density(embeddings, labels)
+    metrics["concentration_variance"] = concentration_variance(embeddings, labels)
+    return metrics
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------- how queries are compared with all images
 
-RIGHT, WRONG, NEUTRAL, LOW, HIGH = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1), (0.6,) * 3, (0.8,) * 3, (0.2,) * 3
+
+def positives_and_negatives(embeddings, labels, what, similarity=None):
+    """The queries' similarities to their positives and negatives, chunk after chunk.
+
+    Yields, for each chunk of B queries,
+        positives (B, M)   the most similar one first; -inf behind a query's last one
+        negatives (B, N)   in the images' order; -inf where an image is no negative
+    where M is the largest number of positives in the chunk. The similarity is the
+    cosine (0 between a zero vector and all others), or a function of (B, D) and (N, D)
+    to (B, N). Images alone in their class are no queries, which is a warning. `what`
+    names the pass in the line that shows its progress.
+    """
+    N = len(labels)
+    class_size = labels.bincount()  # (C,)
+    by_class = labels.argsort(stable=True)  # (N,), the images of class 0, class 1, ...
+    class_start = class_size.cumsum(0) - class_size  # (C,), where they begin in by_class
+
+    # Class by class, so that M depends on the classes of one chunk alone.
+    queries = by_class[class_size[labels[by_class]] > 1]
+    if len(queries) < N:
+        warnings.warn(
+            f"{N - len(queries)} of {N} images are alone in their class: no queries"
+        )
+
+    chunk_size = CHUNK // N
+    if similarity is None:
+        embeddings = F.normalize(embeddings, dim=1)
+        similarity = dot_products
+    else:
+        chunk_size //= 8  # such a function needs room for its intermediate results
+    chunks = queries.split(max(1, chunk_size))
+
+    for query in progress(chunks, len(chunks), what):
+        # A row for each query: the members of its class. All rows are as long as the
+        # largest class; in the row of a smaller one, images of other classes follow.
+        start = class_start[labels[query]].unsqueeze(1)  # (B, 1)
+        size = class_size[labels[query]].unsqueeze(1)  # (B, 1)
+        column = torch.arange(int(size.max()), device=labels.device)  # (M + 1,)
+        member = by_class[(start + column).clamp(max=N - 1)]  # (B, M + 1)
+
+        # Those images and the query itself are no positives. The query's index replaces
+        # them: then `member` holds the images that are no negatives, and no others.
+        no_positive = (column >= size) | (member == query.unsqueeze(1))
+        member = torch.where(no_positive, query.unsqueeze(1), member)
+
+        similarities = similarity(embeddings[query], embeddings)  # (B, N)
+        positives = similarities.gather(1, member).masked_fill(no_positive, -math.inf)
+        negatives = similarities.scatter_(1, member, -math.inf)
+
+        # Each row holds the query itself, -inf, so the last column is not needed.
+        yield positives.sort(dim=1, descending=True).values[:, :-1], negatives
+
+
+def dot_products(queries, others):
+    """The similarity that is used by default: (B, D) and (N, D) -> (B, N)."""
+    return queries @ others.T
+
+
+# ----------------------------------------------------------- how k-means finds clusters
+
+
+def k_means(embeddings, k, seed=0, iterations=100):
+    """Clusters (N,), 0 .. k-1, of points (N, D) by k-means++ and Lloyd's algorithm.
+
+    Each point goes to the nearest centre, then each centre to the mean of its points,
+    until nothing changes or `iterations` are done.
+    """
+    # Distances stay the same, and ||x||^2 - 2 x.c + ||c||^2 loses fewer digits.
+    x = embeddings - embeddings.mean(0)
+    squared_norm = x.square().sum(1)  # (N,)
+
+    centres = first_centres(x, squared_norm, k, seed)  # (k, D)
+    clusters = None
+    for _ in progress(range(iterations), iterations, "k-means: at most"):
+        previous = clusters
+        clusters, distance = nearest_centres(x, squared_norm, centres)
+        if previous is not None and torch.equal(clusters, previous):
+            break
+
+        sizes = clusters.bincount(minlength=k)  # (k,)
+        sums = torch.zeros_like(centres).index_add_(0, clusters, x)
+        centres = sums / sizes.clamp(min=1).unsqueeze(1)
+
+        # An empty cluster begins anew at the point that is farthest from its centre.
+        empty = (sizes == 0).nonzero().flatten()
+        if len(empty):
+            centres[empty] = x[distance.topk(len(empty)).indices]
+    return clusters
+
+
+def first_centres(x, squared_norm, k, seed):
+    """The k-means++ choice of k points (k, D) of x (N, D) to start from.
+
+    The first is any point. Each further one is drawn in proportion to the squared
+    distance from the nearest centre so far. Source: Arthur and Vassilvitskii 2007.
+    """
+    # Drawn on the CPU, so that the choice does not depend on the device.
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(k, generator=generator, dtype=torch.float64)
+
+    chosen = []
+    weight = torch.ones_like(squared_norm)  # (N,), equal: the first is any point
+    for i in progress(range(k), k, "k-means: centres"):
+        cumulative = weight.double().cumsum(0)
+        threshold = cumulative[-1:] * uniform[i]  # (1,)
+        index = torch.searchsorted(cumulative, threshold, right=True)
+        index = index.clamp(max=len(x) - 1)
+        chosen.append(index)
+
+        # ||x - c||^2 = ||x||^2 - 2 x.c + ||c||^2
+        distance = squared_norm - 2 * (x @ x[index[0]]) + squared_norm[index]  # (N,)
+        distance = distance.clamp(min=0)
+        weight = distance if i == 0 else weight.minimum(distance)
+    return x[torch.cat(chosen)]
+
+
+def nearest_centres(x, squared_norm, centres):
+    """The nearest of the centres (k, D) for points x (N, D), and its squared distance."""
+    squared_centres = centres.square().sum(1)  # (k,)
+    chunks = x.split(max(1, CHUNK // len(centres)))
+    # min over c of ||c||^2 - 2 x.c, (B, k) -> (B,) for each chunk; ||x||^2 comes last.
+    nearest = [
+        torch.addmm(squared_centres, chunk, centres.T, alpha=-2).min(1)
+        for chunk in chunks
+    ]
+    clusters = torch.cat([minimum.indices for minimum in nearest])
+    distance = squared_norm + torch.cat([minimum.values for minimum in nearest])
+    return clusters, distance
+
+
+# -------------------------------------------------------------- what the metrics accept
+
+
+def check(embeddings, labels, need_positives=False):
+    """The embeddings as `check_embeddings` returns them, and labels from 0 to C - 1.
+
+    Raises UserError for labels that are not (N,) whole numbers and, with
+    `need_positives`, where no class has two images.
+    """
+    embeddings = check_embeddings(embeddings)
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+        raise UserError(
+            f"{len(embeddings)} embeddings need as many integer labels, "
+            f"not {labels.dtype} {tuple(labels.shape)}"
+        )
+    labels = labels.to(embeddings.device).unique(return_inverse=True)[1]
+    if need_positives and labels.bincount().max() < 2:
+        raise UserError(
+            "no class has two images, so there is nothing to compare: "
+            "evaluate on other data"
+        )
+    return embeddings, labels
+
+
+def check_embeddings(embeddings):
+    """The embeddings (N, D) without gradient, in float32 or float64.
+
+    Raises UserError unless there are at least two, and all of them are finite.
+    """
+    if embeddings.dim() != 2 or embeddings.shape[0] < 2 or embeddings.shape[1] < 1:
+        raise UserError(
+            f"embeddings of shape {tuple(embeddings.shape)} cannot be evaluated: "
+            "give (N, D) with N >= 2"
+        )
+    broken = int((~embeddings.isfinite()).any(1).sum())
+    if broken:
+        raise UserError(
+            f"{broken} of {len(embeddings)} embeddings hold NaN or infinity: "
+            "diverged, try a smaller learning rate"
+        )
+    precision = torch.promote_types(embeddings.dtype, torch.float32)
+    return embeddings.detach().to(precision)
+
+
+def check_ks(ks):
+    """Raise UserError unless all k of Recall@k or mAP@k are positive whole numbers."""
+    if any(not isinstance(k, int) or k < 1 for k in ks):
+        raise UserError(
+            f"k = {list(ks)} cannot be evaluated: give positive whole numbers"
+        )
+
+
+# ----------------------------------------------------------------------------- pictures
+
+# Colours of the borders, red, green and blue in [0, 1], and their width in pixels.
+RIGHT = (0.1, 0.7, 0.2)
+WRONG = (0.85, 0.1, 0.1)
+NEUTRAL = (0.6, 0.6, 0.6)
+LOW = (0.8, 0.8, 0.8)
+HIGH = (0.2, 0.2, 0.2)
 BORDER = 4
 
 
-def framed(image, colour):
-    """A picture (3, H, W) in [0, 1] with a border, its shorter side brought to 64 .. 112 pixels."""
-    side = min(image.shape[1:])
-    scale = math.ceil(64 / side) if side < 64 else min(1.0, 112 / side)     # whole multiples keep small pixels square
-    image = F.interpolate(image[None], scale_factor=scale, mode="nearest" if side < 64 else "area")[0]
-    frame = torch.tensor(colour).view(3, 1, 1).repeat(1, image.shape[1] + 2 * BORDER, image.shape[2] + 2 * BORDER)
-    frame[:, BORDER:-BORDER, BORDER:-BORDER] = image
-    return frame
+def add_border(image, colour):
+    """A picture (3, H, W) in [0, 1] with a coloured border.
 
-
-def save_retrieval(path, image, embeddings, labels, num_queries=10, neighbours=5, seed=0):
-    """A picture file: each row a random query (grey border) and its nearest images, green if right, red if wrong.
-
-    `image(i)` gives picture i, (3, H, W) in [0, 1], all of one size; it is called for those shown alone. Queries have
-    a relative; UserError if there is none.
+    The shorter side of a small picture is enlarged to at least 64 pixels, that of a
+    large one reduced to 112.
     """
-    embeddings, labels = check(embeddings, labels, pairs=True)
-    possible = (labels.bincount()[labels] > 1).nonzero().flatten()
-    queries = possible[torch.randperm(len(possible), generator=torch.Generator().manual_seed(seed))[:num_queries]]
+    side = min(image.shape[1:])
+    if side < 64:
+        scale = math.ceil(64 / side)  # a whole multiple keeps small pixels square
+        mode = "nearest"
+    else:
+        scale = min(1.0, 112 / side)
+        mode = "area"
+    image = F.interpolate(image[None], scale_factor=scale, mode=mode)[0]
+
+    height = image.shape[1] + 2 * BORDER
+    width = image.shape[2] + 2 * BORDER
+    framed = torch.tensor(colour).view(3, 1, 1).repeat(1, height, width)
+    framed[:, BORDER:-BORDER, BORDER:-BORDER] = image
+    return framed
+
+
+def save_retrieval(
+    path, image, embeddings, labels, num_queries=10, neighbours=5, seed=0
+):
+    """Write a picture, each row a random query (grey border) and its nearest images.
+
+    Their border is green if they are of the query's class, red if not. `image(i)` gives
+    picture i, (3, H, W) in [0, 1], all of one size; it is called only for those that
+    are shown. A query has a positive. Raises UserError if no image has one.
+    """
+    embeddings, labels = check(embeddings, labels, need_positives=True)
     embeddings = F.normalize(embeddings, dim=1)
-    cosine = (embeddings[queries] @ embeddings.T).scatter_(1, queries.unsqueeze(1), -math.inf)     # not itself
-    nearest = cosine.topk(min(neighbours, len(labels) - 1)).indices                                # (Q, neighbours)
+
+    possible = (labels.bincount()[labels] > 1).nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(possible), generator=generator)
+    queries = possible[order[:num_queries]]  # (Q,)
+
+    neighbours = min(neighbours, len(labels) - 1)
+    nearest = cosines_to_others(embeddings, queries).topk(neighbours).indices
+
     tiles = []
     for query, found in zip(queries.tolist(), nearest.tolist()):
-        tiles.append(framed(image(query), NEUTRAL))
-        tiles += [framed(image(i), RIGHT if labels[i] == labels[query] else WRONG) for i in found]
-    save_image(make_grid(tiles, nrow=1 + nearest.shape[1], pad_value=1), path)
+        tiles.append(add_border(image(query), NEUTRAL))
+        for i in found:
+            colour = RIGHT if labels[i] == labels[query] else WRONG
+            tiles.append(add_border(image(i), colour))
+    save_image(make_grid(tiles, nrow=1 + neighbours, pad_value=1), path)
 
 
 def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
-    """A picture file: each row a class, its `each` images of lowest norm (light border), then of highest (dark).
+    """Write a picture, each row a class: its images of lowest norm, then of highest.
 
-    Takes the un-normalised (N, D) embeddings, and `image` as in `save_retrieval`. The classes are evenly spaced among
-    those with enough images; UserError if all classes have one image.
+    `each` images of either kind are shown, with a light and with a dark border. Takes
+    embeddings (N, D) that are not normalised, and `image` as in `save_retrieval`. The
+    classes are evenly spaced among those that have enough images. Raises UserError if
+    no class has two.
     """
-    embeddings, labels = check(embeddings, labels, pairs=True)
-    counts, norms = labels.bincount(), embeddings.norm(dim=1)
+    embeddings, labels = check(embeddings, labels, need_positives=True)
+    counts = labels.bincount()
+    norms = embeddings.norm(dim=1)
+
     each = min(each, int(counts.max()) // 2)
-    shown, tiles = (counts >= 2 * each).nonzero().flatten(), []
-    for c in shown[torch.arange(min(classes, len(shown))) * len(shown) // min(classes, len(shown))]:
+    possible = (counts >= 2 * each).nonzero().flatten()
+    classes = min(classes, len(possible))
+    shown = possible[torch.arange(classes) * len(possible) // classes]
+
+    tiles = []
+    for c in shown:
         members = (labels == c).nonzero().flatten()
         members = members[norms[members].argsort()].tolist()
-        tiles += [framed(image(m), LOW) for m in members[:each]] + [framed(image(m), HIGH) for m in members[-each:]]
+        for i in members[:each]:
+            tiles.append(add_border(image(i), LOW))
+        for i in members[-each:]:
+            tiles.append(add_border(image(i), HIGH))
     save_image(make_grid(tiles, nrow=2 * each, pad_value=1), path)
 
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+# The colours of the curves of the first ten groups.
+COLOURS = (
+    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e",
+    "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
+)
+
+# The area of the plot in a picture of 1440 x 840 pixels, which is halved at the end.
+PLOT_LEFT = 124
+PLOT_TOP = 28
+PLOT_RIGHT = 1412
+PLOT_BOTTOM = 752
 
 
 def save_curves(path, curves):
-    """A PNG file of {group: [a list of percentages by epoch for each seed]}: a colour per group, a thin line per seed, a
-    thick one for the mean over the epochs that all have. Groups beyond the tenth take the first colours again."""
-    values = [value for runs in curves.values() for run in runs for value in run]
-    epochs, step = max(len(run) for runs in curves.values() for run in runs), math.ceil((max(values) - min(values)) / 8) or 1
-    low, high = (step * int(value // step) for value in (min(values), max(values) + step))
-    picture, (left, top, right, bottom) = Image.new("RGB", (1440, 840), "white"), (124, 28, 1412, 752)
+    """Write a PNG of {group: a list of percentages by epoch for each of its seeds}.
+
+    Each group has a colour, with a thin line for each seed and a thick one for their
+    mean over the epochs that all have. Groups beyond the tenth take the first colours
+    again.
+    """
+    runs = [run for group in curves.values() for run in group]
+    epochs = max(len(run) for run in runs)
+    largest = max(value for run in runs for value in run)
+    smallest = min(value for run in runs for value in run)
+
+    # About eight grey lines, a whole number of percent apart, that hold all values.
+    step = max(1, math.ceil((largest - smallest) / 8))
+    low = step * int(smallest // step)
+    high = step * int((largest + step) // step)
+
+    def to_pixels(epoch, value):
+        """Where an epoch, from 1, and a percentage lie in the picture: (x, y)."""
+        right = (PLOT_RIGHT - PLOT_LEFT) * (epoch - 1) / max(1, epochs - 1)
+        up = (PLOT_BOTTOM - PLOT_TOP) * (value - low) / (high - low)
+        return PLOT_LEFT + right, PLOT_BOTTOM - up
+
+    # Drawn at twice the size and then reduced, which makes the lines smooth.
+    picture = Image.new("RGB", (1440, 840), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(26)
+    draw_axes(draw, to_pixels, epochs, range(low, high + 1, step))
+    draw_curves(draw, to_pixels, curves)
+    picture.resize((720, 420), Image.Resampling.LANCZOS).save(path, format="png")
 
-    def at(epoch, value):                          # epochs from 1, in pixels
-        return (left + (right - left) * (epoch - 1) / max(1, epochs - 1),
-                bottom - (bottom - top) * (value - low) / (high - low))
-    for value in range(low, high + 1, step):
-        draw.line([at(1, value), at(epochs, value)], fill="#dddddd", width=2)
-        draw.text((left - 16, at(1, value)[1]), str(value), "black", anchor="rm")
+
+def draw_axes(draw, to_pixels, epochs, ticks):
+    """The axes of `save_curves` with numbers and names, and a grey line at each tick."""
+    for value in ticks:
+        line = [to_pixels(1, value), to_pixels(epochs, value)]
+        draw.line(line, fill="#dddddd", width=2)
+        _, y = to_pixels(1, value)
+        draw.text((PLOT_LEFT - 16, y), str(value), "black", anchor="rm")
+
+    low, high = ticks[0], ticks[-1]
     for epoch in range(1, epochs + 1, math.ceil(epochs / 15)):
-        draw.text((at(epoch, low)[0], bottom + 30), str(epoch), "black", anchor="mm")
-    draw.line([at(1, high), at(1, low), at(epochs, low)], fill="black", width=2)
-    draw.text(((left + right) / 2, bottom + 68), "epoch", "black", anchor="mm")
-    draw.text((left + 16, top + 16), "Recall@1, %", "black", anchor="lm")
+        x, _ = to_pixels(epoch, low)
+        draw.text((x, PLOT_BOTTOM + 30), str(epoch), "black", anchor="mm")
+
+    corners = [to_pixels(1, high), to_pixels(1, low), to_pixels(epochs, low)]
+    draw.line(corners, fill="black", width=2)
+    middle = (PLOT_LEFT + PLOT_RIGHT) / 2
+    draw.text((middle, PLOT_BOTTOM + 68), "epoch", "black", anchor="mm")
+    draw.text((PLOT_LEFT + 16, PLOT_TOP + 16), "Recall@1, %", "black", anchor="lm")
+
+
+def draw_curves(draw, to_pixels, curves):
+    """The lines of `save_curves`, and a legend in the lower right corner."""
+
+    def draw_line(run, colour, width):
+        points = [to_pixels(epoch, value) for epoch, value in enumerate(run, start=1)]
+        draw.line(points, fill=colour, width=width, joint="curve")
+
     for i, (name, runs) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
-        for run, thickness in (*((run, 1) for run in runs), (np.mean([*zip(*runs)], axis=1), 6)):
-            points = [at(epoch, value) for epoch, value in enumerate(run, start=1)]
-            draw.line(points, fill=colour, width=thickness, joint="curve")
-        draw.text((right - 16, bottom + 10 - 34 * (len(curves) - i)), f"{name} (n = {len(runs)})", colour, anchor="rm")
-    picture.resize((720, 420), Image.Resampling.LANCZOS).save(path, format="png")             # drawn twice as large: smooth
+        for run in runs:
+            draw_line(run, colour, width=1)
+        values_by_epoch = list(zip(*runs))
+        draw_line(np.mean(values_by_epoch, axis=1), colour, width=6)
+
+        y = PLOT_BOTTOM + 10 - 34 * (len(curves) - i)
+        label = f"{name} (n = {len(runs)})"
+        draw.text((PLOT_RIGHT - 16, y), label, colour, anchor="rm")
 
 
-# ----------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------- comparison
 
+# The metrics of the table, unless others are asked for.
 HEADLINE = ("recall@1", "map@r", "nmi")
-# Runs are grouped by all of args.json but these, which do not change what is computed or are the repetition itself.
-CIRCUMSTANCES = ("seed", "out", "resume", "device", "workers", "data_root", "command", "torch", "commit")
+
+# Runs are grouped by all settings of args.json but these. They do not change what is
+# computed, or are what a repetition changes.
+CIRCUMSTANCES = (
+    "seed", "out", "resume", "device", "workers", "data_root",
+    "command", "torch", "commit",
+)
 
 
 def read_run(folder):
-    """A finished run as a dictionary, or a UserError that says why it is none. `name` is the folder's without the seed, as in
-    NAME-seed0, NAME-seed0-2, NAME/0. `numbers` are results.json's of the last epoch, log.csv's last row, and all its rows
-    as COLUMN@EPOCH; of equal names the first counts: recall@1 and test_recall@1 are whole names."""
-    try:
-        args, results = (json.loads((folder / file).read_text()) for file in ("args.json", "results.json"))
-        log = [{column: float(value) for column, value in row.items()}
-               for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
-        # One's own photographs are told apart by their folder's name.
-        dataset = args["dataset"] if args["dataset"] != "folder" else f"folder {Path(args['data_root']).name}"
-        name = Path(re.sub(rf"[-_/](s(eed)?[-_]?)?{args['seed']}(-\d+)?$", "", str(folder.absolute()))).name
-        return {"folder": folder, "name": name, **{key: args[key] for key in ("seed", "command", "torch", "commit")},
-                "settings": {key: value for key, value in args.items() if key not in CIRCUMSTANCES and value is not None},
-                "kind": f"{dataset}, {args['epochs']} epochs, val_fraction {args['val_fraction']}",
-                "numbers": {**{f"{column}@{row['epoch']:.0f}": row[column] for row in log for column in row}, **log[-1],
-                            **{metric: float(value) for metric, value in results["last"].items()}},
-                "curve": [100 * row.get("val_recall@1", row.get("test_recall@1", math.nan)) for row in log]}
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"missing or unfinished: no {Path(error.filename).name}") from None
-    except Exception as error:                     # whatever becomes of files that somebody has changed
-        raise UserError(f"args.json, results.json or log.csv is broken: {type(error).__name__}: {error}") from None
+    """A finished run as a dictionary. Raises UserError that says why it is none.
 
-
-def spread(name, values, paired=False):
-    """Text "mean ± sample deviation" of a metric's values, or "mean [low, high]" of paired differences, Student's 95 %
-    interval; fractions in percent. A value that is missing is nan; then the number of the others is told, too."""
-    known = [value for value in values if not math.isnan(value)]
-    if len(known) < 1 + paired:
-        return "-"
-    tiny = name.startswith("grad_share_") and abs(np.mean(known)) < 1e-3                      # which needs its digits
-    fraction = name in ("nmi", "f1") or name.startswith(("recall@", "map@", "test_recall@", "val_recall@", "grad_share_"))
-    factor, digits, few = (1, ".2g", ".2g") if tiny else (100, ".1f", ".1f") if fraction else (1, ".4g", ".2g")
-    mean, text = factor * np.mean(known), ""
-    if len(known) > 1:
-        error = factor * scipy.stats.sem(known)
-        half = error * scipy.stats.t.ppf(0.975, len(known) - 1)
-        text = f" [{mean - half:+{digits}}, {mean + half:+{digits}}]" if paired else f" ± {error * len(known) ** 0.5:{few}}"
-    return f"{mean:{'+' * paired}{digits}}{text}" + " %" * (factor == 100) + f" (n = {len(known)})" * (len(known) < len(values))
-
-
-def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
-    """Markdown: commands, a table with a row for each group of runs that differ by seed alone, and what was left out.
-
-    `metrics` are names as in `read_run`. `baseline`, any run of a group, makes that group the first row, to which the
-    others' differences in the first metric are shown, paired by seed. `curves` is a file for `save_curves` of Recall@1.
-    UserError if the baseline is no finished run, if no run has a metric, or if no run is left.
+    name       the folder's name without the seed, as in NAME-seed0, NAME-seed0-2,
+    NAME/0 settings   what args.json holds, except for CIRCUMSTANCES protocol   data
+    set, epochs and validation classes, in words: only equal ones are compared numbers
+    {metric: number}, see `run_numbers` curve      Recall@1 by epoch in percent, of the
+    validation classes where there are any seed, command, torch, commit   as in
+    args.json, and the folder itself
     """
-    runs, left_out, groups = [], [], {}
-    for folder in {Path(f).resolve(): Path(f) for f in [baseline, *folders] if f}.values():
+    try:
+        return run_from_files(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = Path(error.filename).name
+        raise UserError(f"missing or unfinished: no {missing}") from None
+    except Exception as error:  # reading files that somebody changed fails in any way
+        raise UserError(
+            "args.json, results.json or log.csv is broken: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+
+
+def run_from_files(folder):
+    """The dictionary of `read_run`, without its care for missing and broken files."""
+    args = json.loads((folder / "args.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
+    log = []
+    for row in csv.DictReader((folder / "log.csv").read_text().splitlines()):
+        log.append({column: float(value) for column, value in row.items()})
+
+    dataset = args["dataset"]
+    if dataset == "folder":  # own photographs are told apart by the name of their folder
+        dataset = f"folder {Path(args['data_root']).name}"
+    seed = rf"[-_/](s(eed)?[-_]?)?{args['seed']}(-\d+)?$"
+    name = Path(re.sub(seed, "", str(folder.absolute()))).name
+
+    run = {"folder": folder, "name": name}
+    for key in ("seed", "command", "torch", "commit"):
+        run[key] = args[key]
+    run["settings"] = {}
+    for key, value in args.items():
+        if key not in CIRCUMSTANCES and value is not None:
+            run["settings"][key] = value
+    run["protocol"] = (
+        f"{dataset}, {args['epochs']} epochs, val_fraction {args['val_fraction']}"
+    )
+    run["numbers"] = run_numbers(log, results)
+    run["curve"] = []
+    for row in log:
+        recall = row.get("val_recall@1", row.get("test_recall@1", math.nan))
+        run["curve"].append(100 * recall)
+    return run
+
+
+def run_numbers(log, results):
+    """{metric: number} of a run, of log.csv and of results.json's last epoch.
+
+    These are COLUMN@EPOCH for each entry of the log, then the columns of its last row,
+    then the results. The later of two names counts: recall@1 is the metric, not a
+    column.
+    """
+    numbers = {}
+    for row in log:
+        for column in row:
+            numbers[f"{column}@{row['epoch']:.0f}"] = row[column]
+    numbers.update(log[-1])
+    for metric, value in results["last"].items():
+        numbers[metric] = float(value)
+    return numbers
+
+
+def number_format(name, values):
+    """How a metric is written: (factor, unit, format of values, format of deviation)."""
+    is_gradient_share = name.startswith("grad_share_")
+    if is_gradient_share and abs(np.mean(values)) < 1e-3:
+        return 1, "", ".2g", ".2g"  # in percent it would lose its digits
+
+    fractions = ("recall@", "map@", "test_recall@", "val_recall@")
+    if is_gradient_share or name in ("nmi", "f1") or name.startswith(fractions):
+        return 100, " %", ".1f", ".1f"
+    return 1, "", ".4g", ".2g"
+
+
+def without_missing(values):
+    """The values that are not nan, and, if some are, " (n = ...)" to say how many."""
+    known = [value for value in values if not math.isnan(value)]
+    remark = f" (n = {len(known)})" if len(known) < len(values) else ""
+    return known, remark
+
+
+def format_metric(name, values):
+    """A metric's values over the seeds as "mean ± sample deviation".
+
+    Fractions are in percent. Values that are missing are nan. "-" where all are.
+    """
+    known, remark = without_missing(values)
+    if not known:
+        return "-"
+    factor, unit, digits, deviation_digits = number_format(name, known)
+
+    text = f"{factor * np.mean(known):{digits}}"
+    if len(known) > 1:
+        # The standard error of the mean is the sample deviation over sqrt(n).
+        deviation = factor * scipy.stats.sem(known) * len(known) ** 0.5
+        text += f" ± {deviation:{deviation_digits}}"
+    return text + unit + remark
+
+
+def format_difference(name, differences):
+    """A metric's differences, paired by seed, as "mean [low, high]".
+
+    Fractions are in percent. The interval is Student's for 95 %. Differences that are
+    missing are nan. "-" for fewer than two.
+    """
+    known, remark = without_missing(differences)
+    if len(known) < 2:
+        return "-"
+    factor, unit, digits, _ = number_format(name, known)
+
+    mean = factor * np.mean(known)
+    standard_error = factor * scipy.stats.sem(known)
+    half_width = standard_error * scipy.stats.t.ppf(0.975, len(known) - 1)
+    interval = f"[{mean - half_width:+{digits}}, {mean + half_width:+{digits}}]"
+    return f"{mean:+{digits}} {interval}{unit}{remark}"
+
+
+def read_runs(folders, baseline):
+    """The finished runs, a baseline first, and sentences that say why others are none.
+
+    A run that is given twice counts once. Raises UserError if the baseline is no
+    finished run.
+    """
+    folder_of = {}
+    for folder in [baseline, *folders]:
+        if folder:
+            folder_of[Path(folder).resolve()] = Path(folder)
+
+    runs, left_out = [], []
+    for folder in folder_of.values():
         try:
             runs.append(read_run(folder))
         except UserError as error:
-            if baseline and not runs:
-                raise UserError(f"--baseline {baseline} is no finished run ({error}): give one that is") from None
+            if baseline and not runs:  # the baseline itself, as it is read first
+                raise UserError(
+                    f"--baseline {baseline} is no finished run ({error}): "
+                    "give one that is"
+                ) from None
             left_out.append(f"{folder} ({error})")
-    kinds = [run["kind"] for run in runs]
-    usual = kinds[0] if baseline else max(kinds, key=kinds.count, default=None)
-    left_out += [f"{run['folder']} (unlike: {run['kind']}; not {usual})" for run in runs if run["kind"] != usual]
-    for run in (run for run in runs if run["kind"] == usual):
-        known = groups.setdefault(json.dumps(run["settings"], sort_keys=True), {}).setdefault(run["seed"], run)
+    return runs, left_out
+
+
+def choose_protocol(runs, baseline):
+    """The runs of one protocol: the first run's with a baseline, else the commonest.
+
+    Also says why the other runs are left out.
+    """
+    protocols = [run["protocol"] for run in runs]
+    if baseline:
+        usual = protocols[0]
+    else:
+        usual = max(protocols, key=protocols.count, default=None)
+
+    chosen, left_out = [], []
+    for run in runs:
+        if run["protocol"] == usual:
+            chosen.append(run)
+        else:
+            left_out.append(f"{run['folder']} (unlike: {run['protocol']}; not {usual})")
+    return chosen, left_out
+
+
+def group_runs(runs):
+    """Lists of the runs that have the same settings; each list is a group.
+
+    Also says which runs are left out, because their group has a run of the same seed.
+    """
+    groups, left_out = {}, []
+    for run in runs:
+        settings = json.dumps(run["settings"], sort_keys=True)
+        group = groups.setdefault(settings, {})
+        known = group.setdefault(run["seed"], run)
         if known is not run:
             left_out.append(f"{run['folder']} (same seed as {known['folder']})")
-    runs = [run for group in groups.values() for run in group.values()]
-    if not runs:
-        raise UserError(f"no finished run to compare: {'; '.join(left_out)}")
-    there = {name: name.rpartition("@")[0] for run in runs for name in run["numbers"]}
-    if unknown := [name for name in metrics if name not in there]:
-        raise UserError(f"no run has the metric {', '.join(unknown)}: there is " + ", ".join(
-            name for name, column in there.items() if column not in there) + " and log.csv's COLUMN@EPOCH")
+    return [list(group.values()) for group in groups.values()], left_out
 
-    firsts = [next(iter(group.values())) for group in groups.values()]
 
-    def title(run):                                # with the settings in which groups of one name differ
-        rivals, own = [first["settings"] for first in firsts if first["name"] == run["name"]], run["settings"]
-        differ = [key for key in sorted(set().union(*rivals)) if any(rival.get(key) != own.get(key) for rival in rivals)]
-        return " ".join([run["name"], *(f"{key}={own.get(key)}" for key in differ)])
-    titles, groups = [title(run) for run in firsts], list(groups.values())
-    if curves:
-        with data.clear_errors(f"writing {curves}", "give another file with --curves"):
-            save_curves(curves, {name: [run["curve"] for run in group.values()] for name, group in zip(titles, groups)})
-    lines, base = [], {seed: run["numbers"].get(metrics[0], math.nan) for seed, run in groups[0].items()}
-    rows = [["", "n", *metrics, *([f"{metrics[0]} minus {titles[0]} [95 %]"] if baseline else [])]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for name, group, run in zip(titles, groups, firsts):
-        command = re.sub(r"(seed[ =-]?)\d+", r"\1N", run["command"])
-        lines.append(f"- {name}, seed {', '.join(map(str, group))}: `{command}`")
-        values = [[run["numbers"].get(key, math.nan) for run in group.values()] for key in metrics]
-        rows.append([name, str(len(group)), *map(spread, metrics, values)])
+def group_titles(groups):
+    """Each group's name, with the settings in which groups of the same name differ."""
+    firsts = [group[0] for group in groups]
+    titles = []
+    for run in firsts:
+        title = run["name"]
+        settings = run["settings"]
+        namesakes = [other["settings"] for other in firsts if other["name"] == title]
+        for key in sorted(set().union(*namesakes)):
+            if any(other.get(key) != settings.get(key) for other in namesakes):
+                title += f" {key}={settings.get(key)}"
+        titles.append(title)
+    return titles
+
+
+def check_metrics(metrics, runs):
+    """Raise UserError for a metric that no run has, with the names that there are."""
+    names = dict.fromkeys(name for run in runs for name in run["numbers"])
+    unknown = [name for name in metrics if name not in names]
+    if unknown:
+        listed = [name for name in names if name.rpartition("@")[0] not in names]
+        raise UserError(
+            f"no run has the metric {', '.join(unknown)}: there is {', '.join(listed)} "
+            "and log.csv's COLUMN@EPOCH"
+        )
+
+
+def table_rows(groups, titles, metrics, baseline):
+    """The rows of the comparison's table, each a list of texts."""
+    header = ["", "n", *metrics]
+    if baseline:
+        header.append(f"{metrics[0]} minus {titles[0]} [95 %]")
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+
+    for title, group in zip(titles, groups):
+        row = [title, str(len(group))]
+        for metric in metrics:
+            values = [run["numbers"].get(metric, math.nan) for run in group]
+            row.append(format_metric(metric, values))
         if baseline:
-            pairs = [value - base.get(seed, math.nan) for seed, value in zip(group, values[0])]
-            rows[-1].append("-" if group is groups[0] else spread(metrics[0], pairs, paired=True))
+            row.append(difference_to(groups[0], group, metrics[0]))
+        rows.append(row)
+    return rows
+
+
+def difference_to(baseline_group, group, metric):
+    """The text of a group's differences to the baseline's group, paired by seed."""
+    if group is baseline_group:
+        return "-"
+    base = {run["seed"]: run["numbers"].get(metric, math.nan) for run in baseline_group}
+    differences = []
+    for run in group:
+        value = run["numbers"].get(metric, math.nan)
+        differences.append(value - base.get(run["seed"], math.nan))
+    return format_difference(metric, differences)
+
+
+def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
+    """Compare finished runs over their seeds. Returns Markdown.
+
+    First the commands, then a table with a row for each group of runs that differ by
+    seed alone, at last what was left out. `metrics` are names of `run_numbers`.
+    `baseline`, any run of a group, makes that group the first row, to which the others'
+    differences in the first metric are shown, paired by seed. `curves` is a file for
+    `save_curves` of Recall@1. Raises UserError if the baseline is no finished run, if
+    no run has a metric, or if no run is left.
+    """
+    runs, unreadable = read_runs(folders, baseline)
+    runs, unlike = choose_protocol(runs, baseline)
+    groups, doubled = group_runs(runs)
+    left_out = unreadable + unlike + doubled
+    if not groups:
+        raise UserError(f"no finished run to compare: {'; '.join(left_out)}")
+
+    runs = [run for group in groups for run in group]
+    check_metrics(metrics, runs)
+    titles = group_titles(groups)
+
+    if curves:
+        curves_of = {}
+        for title, group in zip(titles, groups):
+            curves_of[title] = [run["curve"] for run in group]
+        with data.clear_errors(f"writing {curves}", "give another file with --curves"):
+            save_curves(curves, curves_of)
+
+    lines = []
+    for title, group in zip(titles, groups):
+        seeds = ", ".join(str(run["seed"]) for run in group)
+        command = re.sub(r"(seed[ =-]?)\d+", r"\1N", group[0]["command"])
+        lines.append(f"- {title}, seed {seeds}: `{command}`")
     for key in ("torch", "commit"):
-        lines.append(f"- {key}: {', '.join(dict.fromkeys(run[key] for run in runs))}")
-    lines += ["", *(f"| {' | '.join(row)} |" for row in rows), *([""] if left_out else [])]
-    return "\n".join(lines + [f"- left out: {reason}" for reason in left_out]) + "\n"
+        versions = dict.fromkeys(run[key] for run in runs)
+        lines.append(f"- {key}: {', '.join(versions)}")
+    lines.append("")
+    for row in table_rows(groups, titles, metrics, baseline):
+        lines.append(f"| {' | '.join(row)} |")
+    if left_out:
+        lines.append("")
+        for reason in left_out:
+            lines.append(f"- left out: {reason}")
+    return "\n".join(lines) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------- main
+# `common` uses this file's metrics, so the functions below import it when called.
+
+
+def make_parser():
+    """The options of the command line."""
+    import common
+
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s (--checkpoint FILE | --compare RUN ...) [options]",
+        description=__doc__.split("\n\n")[0],
+    )
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--checkpoint",
+                      help="best.pt or last.pt of a run; its settings are used")
+    mode.add_argument("--compare", nargs="+", metavar="RUN",
+                      help="folders of finished runs: print a table over their seeds")
+
+    add = parser.add_argument_group("with --checkpoint").add_argument
+    add("--data_root", help="where the data set is now (default: where it was)")
+    add("--pictures", action="store_true",
+        help="also write retrieval.png and norms.png beside the checkpoint")
+    add("--retrieval", choices=("cosine", "elk"),
+        help="elk: also measure Recall@k by the expected likelihood kernel of the "
+             "images' von Mises-Fisher distributions (default: cosine)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add("--workers", type=common.not_negative(int),
+        help="number of processes that load images (default: as in the run)")
+    add("--embeddings", metavar="FILE.npz",
+        help="write the test images' embeddings, labels, class_names, paths and norms")
+    add("--images", metavar="FOLDER",
+        help="with --embeddings: write those of all pictures below this folder "
+             "instead, and measure nothing")
+
+    add = parser.add_argument_group("with --compare").add_argument
+    add("--baseline", metavar="RUN", help="show the differences to the group of this run")
+    add("--metrics", nargs="+", metavar="NAME",
+        help="names of results.json, or columns of log.csv: grad_share_nir (its last "
+             "epoch), grad_share_nir@1 (its first), ...; the differences are those of "
+             f"the first name (default: {' '.join(HEADLINE)})")
+    add("--out", metavar="FILE.md", help="also write the table to this file")
+    add("--curves", metavar="FILE.png", help="draw Recall@1 by epoch")
+    return parser
+
+
+def check_options(parser, options):
+    """Stop with a usage error where options contradict each other."""
+    needed_by = {
+        "checkpoint": ("data_root", "pictures", "retrieval", "embeddings"),
+        "embeddings": ("images",),
+        "compare": ("baseline", "metrics", "out", "curves"),
+    }
+    for needed, names in needed_by.items():
+        given = [f"--{name}" for name in names if getattr(options, name)]
+        if given and not getattr(options, needed):
+            parser.error(f"{', '.join(given)} without --{needed}")
+
+    if options.images and (options.pictures or options.retrieval or options.data_root):
+        parser.error(
+            "--images is not the data set: "
+            "leave --data_root, --pictures and --retrieval out"
+        )
+
+
+def write_comparison(options):
+    """What --compare does: print the table and write the files that are asked for."""
+    import common
+
+    metrics = options.metrics or HEADLINE
+    text = compare(options.compare, options.baseline, metrics, options.curves)
+    print(text)
+    if options.out:
+        common.save_file(options.out, text)
+        print(f"{options.out} written")
+    if options.curves:
+        print(f"{options.curves} written")
+
+
+def embed_images(options, checkpoint):
+    """(settings of the run, images to embed, their embeddings (N, D)) of a checkpoint.
+
+    The settings are the run's own, unless the command line says otherwise.
+    """
+    import common
+
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    args = argparse.Namespace(**{**checkpoint["args"], **given})
+    device = common.make_device(args.device)
+    if options.images:
+        split = data.load_pictures(options.images)
+    else:
+        _, _, split = data.load_splits(args)
+    network = common.build_network(args, checkpoint, device)
+    return args, split, common.embed(network, split, args, device)
+
+
+def save_embeddings(path, embeddings, split):
+    """Write an .npz file of embeddings, labels, class_names, paths and norms.
+
+    An image of the toy data has no path; its number stands there instead.
+    """
+    import common
+
+    paths = []
+    for i, image in enumerate(split.images):
+        paths.append(str(i) if isinstance(image, np.ndarray) else str(image))
+    embeddings = embeddings.float()
+    arrays = {
+        "embeddings": embeddings.cpu().numpy(),
+        "labels": split.labels.numpy(),
+        "paths": np.array(paths),
+        "class_names": np.array(split.class_names),
+        "norms": embeddings.norm(dim=1).cpu().numpy(),
+    }
+    common.save_file(path, lambda file: np.savez(file, **arrays))
+    print(f"embeddings of {len(paths)} images written to {path}")
+
+
+def expected_likelihood(queries, others):
+    """log ELK (B, N) of the vMFs that embeddings (B, D) and (N, D) stand for."""
+    import prob_dml
+
+    return prob_dml.elk_vmf(queries, prob_dml.unit_vectors(others), others.norm(dim=1))
+
+
+def measure(embeddings, split, dataset, retrieval):
+    """All metrics of a split as {name: number}, and the rejection curve."""
+    ks = data.usual_ks(dataset)
+    norm_metrics, curve = uncertainty(embeddings, split.labels, split.ambiguity)
+    metrics = all_metrics(embeddings, split.labels, ks)
+    metrics.update(norm_metrics)
+    if retrieval == "elk":
+        recall = recall_at_k(embeddings, split.labels, ks, expected_likelihood)
+        for k, value in recall.items():
+            metrics[f"recall@{k} elk"] = value
+    return metrics, curve
+
+
+def save_metrics(folder, metrics, curve):
+    """Write metrics.json and rejection.csv."""
+    import common
+
+    common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
+    rows = [{"rejected": fraction, "error": error} for fraction, error in curve]
+    common.save_file(folder / "rejection.csv", common.csv_text(rows))
+
+
+def save_pictures(folder, embeddings, split, args):
+    """Write retrieval.png and norms.png, with the images as the network sees them."""
+    images = data.Images(split, data.test_transform(args.image_size, args.augment))
+
+    def image(i):
+        pixels, _ = images[i]
+        return pixels / 255
+
+    save_retrieval(folder / "retrieval.png", image, embeddings, split.labels)
+    save_norm_extremes(folder / "norms.png", image, embeddings, split.labels)
+    print(
+        f"pictures: {folder / 'retrieval.png'} "
+        "(query, then its nearest; green right, red wrong), "
+        f"{folder / 'norms.png'} "
+        "(a class a row: lowest norms, then, with a dark border, highest)"
+    )
+
 
 def main(argv=None):
-    import common                                  # here, not above: common's training loop uses this file's metrics
-    p = argparse.ArgumentParser(None, "%(prog)s (--checkpoint FILE | --compare RUN ...) [options]", __doc__.split("\n\n")[0])
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", help="best.pt or last.pt of a run; its settings are used")
-    what.add_argument("--compare", nargs="+", metavar="RUN", help="folders of finished runs: a table over their seeds")
-    add = p.add_argument
-    add("--data_root", help="where the data set is now (default: where it was)")
-    add("--pictures", action="store_true", help="write retrieval.png and norms.png beside the checkpoint")
-    add("--retrieval", choices=("cosine", "elk"), help="elk: also Recall@k by the ELK of the images' vMFs (default: cosine)")
-    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    add("--workers", type=common.not_negative(int), help="processes that load images (default: as in the run)")
-    add("--embeddings", metavar="FILE.npz", help="write the test images' embeddings, labels, class_names, paths, norms")
-    add("--images", metavar="FOLDER", help="with --embeddings: of all pictures below it, and nothing else")
-    add = p.add_argument_group("with --compare").add_argument
-    add("--baseline", metavar="RUN", help="a run of the group to which the others' differences are shown")
-    add("--metrics", nargs="+", metavar="NAME", help="of results.json, or of log.csv: grad_share_nir (last epoch), "
-        f"grad_share_nir@1 (first), ...; differences are those of the first (default: {' '.join(HEADLINE)})")
-    add("--out", metavar="FILE.md", help="write the table there, too")
-    add("--curves", metavar="FILE.png", help="draw Recall@1 by epoch")
-    given = p.parse_args(argv)
-    for mode, options in (("checkpoint", ("data_root", "pictures", "retrieval", "embeddings")), ("embeddings", ("images",)),
-                          ("compare", ("baseline", "metrics", "out", "curves"))):
-        if alone := [f"--{option}" for option in options if getattr(given, option) and not getattr(given, mode)]:
-            p.error(f"{', '.join(alone)} without --{mode}")
-    if given.images and (given.pictures or given.retrieval or given.data_root):
-        p.error("--images is not the data set: leave --data_root, --pictures and --retrieval out")
-    if given.compare:
-        text = compare(given.compare, given.baseline, given.metrics or HEADLINE, given.curves)
-        print(text)
-        if given.out:
-            common.save_file(given.out, text)
-        for file in filter(None, (given.out, given.curves)):
-            print(f"{file} written")
+    """Evaluate one checkpoint, or compare finished runs."""
+    import common
+
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+
+    if options.compare:
+        write_comparison(options)
         return
-    checkpoint = common.load_checkpoint(given.checkpoint, "--checkpoint")
-    changed = {key: value for key, value in vars(given).items() if value is not None}
-    args = argparse.Namespace(**{**checkpoint["args"], **changed})
-    device, folder = common.make_device(args.device), Path(given.checkpoint).parent
-    test = data.load_pictures(given.images) if given.images else data.load_splits(args)[2]
-    embeddings = common.embed(common.build_network(args, checkpoint, device), test, args, device)
-    if given.embeddings:
-        paths = [str(i if isinstance(image, np.ndarray) else image) for i, image in enumerate(test.images)]
-        arrays = {"embeddings": embeddings.float().cpu().numpy(), "labels": test.labels.numpy(), "paths": np.array(paths),
-                  "class_names": np.array(test.class_names), "norms": embeddings.float().norm(dim=1).cpu().numpy()}
-        common.save_file(given.embeddings, lambda file: np.savez(file, **arrays))
-        print(f"embeddings of {len(paths)} images written to {given.embeddings}")
-    if given.images:
+
+    checkpoint = common.load_checkpoint(options.checkpoint, "--checkpoint")
+    args, split, embeddings = embed_images(options, checkpoint)
+    if options.embeddings:
+        save_embeddings(options.embeddings, embeddings, split)
+    if options.images:
         return
-    ks = data.usual_ks(args.dataset)
-    certainty, curve = uncertainty(embeddings, test.labels, test.ambiguity)
-    metrics = {"epoch": checkpoint["epoch"], **all_metrics(embeddings, test.labels, ks), **certainty}
-    if given.retrieval == "elk":
-        import prob_dml
-        elk = recall_at_k(embeddings, test.labels, ks, lambda queries, others: prob_dml.product_kernel(
-            queries, others, others.norm(dim=1, keepdim=True), 1, "exact", None))
-        metrics.update({f"recall@{k} elk": value for k, value in elk.items()})
-    print(common.table({Path(given.checkpoint).name: metrics}))
-    common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
-    common.save_file(folder / "rejection.csv", common.csv_text([{"rejected": part, "error": error} for part, error in curve]))
-    if given.pictures:
-        shown = data.Images(test, data.test_transform(args.image_size, args.augment))
-        for name, save in (("retrieval.png", save_retrieval), ("norms.png", save_norm_extremes)):
-            save(folder / name, lambda i: shown[i][0] / 255, embeddings, test.labels)           # as the network sees them
-        print(f"pictures: {folder / 'retrieval.png'} (query, then its nearest; green right, red wrong), "
-              f"{folder / 'norms.png'} (a class a row: lowest norms, then, with a dark border, highest)")
+
+    metrics, curve = measure(embeddings, split, args.dataset, options.retrieval)
+    metrics = {"epoch": checkpoint["epoch"], **metrics}
+    print(common.table({Path(options.checkpoint).name: metrics}))
+    folder = Path(options.checkpoint).parent
+    save_metrics(folder, metrics, curve)
+    if options.pictures:
+        save_pictures(folder, embeddings, split, args)
     print(f"numbers: {folder / 'metrics.json'}, {folder / 'rejection.csv'}")
 
 
 if __name__ == "__main__":
     import common
+
     common.command(main)

@@ -38,7 +38,7 @@ import functools
 import math
 import os
 
-# Before torch is loaded: its idle threads then sleep, where they would slow other processes down.
+# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -181,8 +181,8 @@ class SoftTriple(nn.Module):
         """1 / (C K (K - 1)) sum_c sum_{k < l} ||w_ck - w_cl|| of unit vectors w (C, K, D)."""
         C, K, _ = w.shape
         cosine = w @ w.mT                               # (C, K, K)
-        above_diagonal = torch.ones_like(cosine[0]).triu(diagonal=1).bool()
-        squared = 2 - 2 * cosine[:, above_diagonal]     # (C, K (K - 1) / 2)
+        k, later = torch.triu_indices(K, K, offset=1, device=w.device)
+        squared = 2 - 2 * cosine[:, k, later]           # (C, K (K - 1) / 2)
         # The square root has an infinite slope where two centres have merged: keep away
         # from 0.
         distance = squared.clamp(min=1e-5).sqrt()

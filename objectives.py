@@ -34,6 +34,10 @@ One step of the training, which `common.train_one_epoch` runs, with `objective` 
     optimizer.step()
 """
 import math
+import os
+
+# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F

@@ -36,8 +36,7 @@ below:
 import math
 import os
 
-# Before torch is loaded: its idle threads then sleep, where they would slow other processes
-# down.
+# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -87,12 +86,12 @@ def nivmf_log_prob(z, mu, K, form="exact"):
     Kmu = K * mu
     norm_Kmu = Kmu.norm(dim=1)                          # (C,)
     log_C = log_vmf_normalizer(norm_Kmu, D)             # (C,)
+    mean_log_K = K.log().mean(1)                        # log det K / D, (C,)
     if form == "official":
-        log_det_K = K.log().sum(1)                      # (C,)
-        return log_C + z @ Kmu.T + log_det_K - norm_Kmu.log()
+        return z @ Kmu.T + (log_C + D * mean_log_K - norm_Kmu.log())
     Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
-    # log det K - D log ||Kz||, whose two terms are large where D is, and nearly cancel.
-    log_volume = D * (K.log().mean(1) - norm_Kz.log())  # (..., C)
+    # log det K - D log ||Kz||: each term is large where D is, and they nearly cancel.
+    log_volume = D * (mean_log_K - norm_Kz.log())       # (..., C)
     return log_C + Kz_Kmu / norm_Kz + log_volume
 
 
@@ -109,7 +108,7 @@ def official_log_likelihood(z, mu, K):
     log_C = log_vmf_normalizer(norm_Kmu, mu.shape[1])   # (C,)
     log_det_K = K.log().sum(1)                          # (C,)
     Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
-    return log_C + Kz_Kmu / norm_Kz + log_det_K - norm_Kmu.log()
+    return Kz_Kmu / norm_Kz + (log_C + log_det_K - norm_Kmu.log())
 
 
 def nivmf_products(z, mu, K):
@@ -214,31 +213,33 @@ def kl_nivmf(embeddings, mu, K, num_samples, form="exact", temperature=1.0, gene
     """The negative Kullback-Leibler divergence from image to class, -KL(p || q).
 
         -KL = E_p[log q(z)] - E_p[log p(z)],    E_p[log q(z)] = mean_s log q(z_s),    z_s ~ p
+
+    No T is inside this mean: `temperature` plays no part.
     """
     kappa = embeddings.norm(dim=1)
     z = sample_vmf(unit_vectors(embeddings), kappa, num_samples, generator)     # (S, B, D)
     log_q = nivmf_log_prob(z, mu, K, form)                          # (S, B, C)
-    entropy, _ = vmf_entropy_and_mean(embeddings)
-    return log_q.mean(0) + entropy.unsqueeze(1)
+    entropy, _ = vmf_entropy(embeddings)
+    return log_q.mean(0) + entropy
 
 
 def kl_vmf(embeddings, mu, kappa):
-    """-KL(p || q) of two vMFs, where E_p[log q(z)] = log C_D(k2) + k2 mu2 . E_p[z]."""
-    entropy, mean = vmf_entropy_and_mean(embeddings)
+    """-KL(p || q) of two vMFs, where E_p[log q(z)] = log C_D(k2) + A_D(k1) k2 mu1 . mu2."""
+    entropy, A_by_kappa = vmf_entropy(embeddings)                   # (B, 1) each
+    dot = embeddings @ (kappa.unsqueeze(1) * mu).T                  # k1 mu1 . k2 mu2, (B, C)
     log_C = log_vmf_normalizer(kappa, embeddings.shape[1])          # (C,)
-    return log_C + mean @ (kappa.unsqueeze(1) * mu).T + entropy.unsqueeze(1)
+    return log_C + A_by_kappa * dot + entropy
 
 
-def vmf_entropy_and_mean(embeddings):
-    """-E_p[log p(z)] (B,) and E_p[z] (B, D) of the images' vMFs.
+def vmf_entropy(embeddings):
+    """The entropy -E_p[log p(z)] of the images' vMFs, and A_D(kappa) / kappa, both (B, 1).
 
-        -E_p[log p(z)] = -log C_D(kappa) - kappa A_D(kappa)         E_p[z] = A_D(kappa) mu
+        -E_p[log p(z)] = -log C_D(kappa) - kappa A_D(kappa)
     """
-    kappa = embeddings.double().norm(dim=1)
+    kappa = embeddings.double().norm(dim=1, keepdim=True)
     log_C, A_by_kappa = vmf_normalizer(kappa, embeddings.shape[1])
-    entropy = -log_C - kappa.square() * A_by_kappa
-    mean = A_by_kappa.to(embeddings).unsqueeze(1) * embeddings      # A_D mu, smooth at 0
-    return entropy.to(embeddings), mean
+    entropy = -log_C - A_by_kappa * kappa.square()
+    return entropy.to(embeddings), A_by_kappa.to(embeddings)
 
 
 def loglik_nivmf(embeddings, mu, K, form="exact"):
@@ -249,8 +250,9 @@ def loglik_nivmf(embeddings, mu, K, form="exact"):
 
 def loglik_vmf(embeddings, mu, kappa):
     """The classes' log densities at the image's mean direction, for vMFs."""
-    cosine = unit_vectors(embeddings) @ mu.T                        # (B, C)
-    return log_vmf_normalizer(kappa, embeddings.shape[1]) + kappa * cosine
+    natural = kappa.unsqueeze(1) * mu                               # natural parameters, (C, D)
+    log_C = log_vmf_normalizer(kappa, embeddings.shape[1])          # (C,)
+    return log_C + unit_vectors(embeddings) @ natural.T
 
 
 def cosine(embeddings, mu, kappa=None):

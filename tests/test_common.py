@@ -858,7 +858,7 @@ def test_help_lists_every_option_with_its_default(capsys):
     shown = capsys.readouterr().out
     assert "nir_weight" in shown
     options = shown.split("\nsettings of")[0].split("\n  --")[1:]
-    assert all("Default: " in block for block in options if not block.startswith("resume")) and len(options) > 25
+    assert all("Default:" in block for block in options if not block.startswith("resume")) and len(options) > 25
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="set DML_TEST_DATA to a folder with CUB_200_2011 and others")

@@ -27,15 +27,15 @@ def quantised(n, classes, dim, seed, levels=2):
 
 
 def reference_positions(x, y):
-    """Slow and plain: for every query with a relative, the sorted positions of its relatives, all ties against it."""
+    """Slow and plain: for every query with a positive, the sorted positions of its positives, all ties against it."""
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     positions = []
     for q in range(len(x)):
         cosine = [float(np.dot(x[q], x[i])) for i in range(len(x))]
-        relatives = sorted((cosine[i] for i in range(len(x)) if i != q and y[i] == y[q]), reverse=True)
-        strangers = [cosine[i] for i in range(len(x)) if y[i] != y[q]]
-        if relatives:
-            positions.append([j + 1 + sum(s >= r - 1e-9 for s in strangers) for j, r in enumerate(relatives)])
+        positives = sorted((cosine[i] for i in range(len(x)) if i != q and y[i] == y[q]), reverse=True)
+        negatives = [cosine[i] for i in range(len(x)) if y[i] != y[q]]
+        if positives:
+            positions.append([j + 1 + sum(s >= r - 1e-9 for s in negatives) for j, r in enumerate(positives)])
     return positions
 
 
@@ -110,7 +110,7 @@ def test_retrieval_depends_on_directions_alone():
     assert evaluate.map_at_r(x, labels) == pytest.approx(evaluate.map_at_r(scaled, labels), abs=1e-7)
 
 
-def test_images_alone_in_their_class_are_strangers_to_all_but_no_queries():
+def test_images_alone_in_their_class_are_negatives_to_all_but_no_queries():
     embeddings = on_a_circle(0, 10, 60, 70, 5)
     labels = torch.tensor([0, 0, 1, 1, 2])        # the lone image at 5 degrees lies between the two of class 0
     with pytest.warns(UserWarning, match="1 of 5 images are alone"):
@@ -119,7 +119,7 @@ def test_images_alone_in_their_class_are_strangers_to_all_but_no_queries():
         assert evaluate.mean_average_precision(embeddings, labels) == pytest.approx(0.75)
 
 
-def test_no_warning_when_all_images_have_a_relative():
+def test_no_warning_when_all_images_have_a_positive():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate.recall_at_k(torch.randn(8, 3), torch.arange(8) % 4, [1])
@@ -360,7 +360,7 @@ def test_unusable_embeddings_are_refused_without_labels_too(metric):
             metric(embeddings)
 
 
-def test_retrieval_without_any_relative_and_unusable_k_are_refused(tmp_path):
+def test_retrieval_without_any_positive_and_unusable_k_are_refused(tmp_path):
     x = torch.randn(4, 3)
     for metric in (METRICS[0], *METRICS[1:3], lambda x, y: evaluate.save_retrieval(tmp_path / "r.png", None, x, y),
                    lambda x, y: evaluate.save_norm_extremes(tmp_path / "n.png", None, x, y)):
@@ -453,7 +453,7 @@ def test_the_seed_chooses_the_queries_and_small_data_is_shown_whole(tmp_path):
         files.append((tmp_path / f"{name}.png").read_bytes())
     assert files[0] == files[1] != files[2]
     found, _ = tiles(tmp_path / "a.png", 64, columns=6)
-    assert {round(found[row, 0][1][0] * 6) for row in range(5)} == {0, 1, 2, 3, 4}       # image 5 has no relative
+    assert {round(found[row, 0][1][0] * 6) for row in range(5)} == {0, 1, 2, 3, 4}       # image 5 has no positive
     assert max(row for row, _ in found) == 4
 
 
@@ -746,8 +746,8 @@ def test_a_column_of_the_log_is_its_last_epoch_or_the_one_behind_the_at(tmp_path
 
 
 def test_tiny_gradient_shares_keep_their_digits():
-    assert evaluate.spread("grad_share_nir@1", [4e-8, 4e-8]) == "4e-08 ± 0"
-    assert evaluate.spread("grad_share_nir", [0.0125]) == "1.2 %"
+    assert evaluate.format_metric("grad_share_nir@1", [4e-8, 4e-8]) == "4e-08 ± 0"
+    assert evaluate.format_metric("grad_share_nir", [0.0125]) == "1.2 %"
 
 
 def test_a_value_that_some_runs_of_a_group_lack_is_averaged_over_the_others_and_says_so(tmp_path):
@@ -881,13 +881,13 @@ def test_compare_draws_the_curves_of_its_groups(tmp_path, capsys):
 # ------------------------------------------------------------------------------------- edges, and what main writes
 
 @pytest.mark.filterwarnings("ignore:.*alone in their class")
-@pytest.mark.parametrize("strangers, expected", [(999, 1 / 1000), (1000, 0)])
-def test_map_at_1000_ends_at_position_1000(strangers, expected):
-    # The only pair is 120 degrees apart; all strangers lie between the two, so the relative is at strangers + 1.
-    embeddings, labels = on_a_circle(0, 120, *np.linspace(55, 65, strangers)), torch.arange(strangers + 2).sub(1).clamp(min=0)
+@pytest.mark.parametrize("negatives, expected", [(999, 1 / 1000), (1000, 0)])
+def test_map_at_1000_ends_at_position_1000(negatives, expected):
+    # The only pair is 120 degrees apart; all negatives lie between the two, so the positive is at negatives + 1.
+    embeddings, labels = on_a_circle(0, 120, *np.linspace(55, 65, negatives)), torch.arange(negatives + 2).sub(1).clamp(min=0)
     assert evaluate.mean_average_precision(embeddings, labels) == pytest.approx(expected, abs=1e-9)
     small = evaluate.all_metrics(embeddings, labels, ks=(1000,))
-    assert small["map@1000"] == pytest.approx(expected, abs=1e-9) and small["recall@1000"] == (strangers < 1000)
+    assert small["map@1000"] == pytest.approx(expected, abs=1e-9) and small["recall@1000"] == (negatives < 1000)
 
 
 def test_elk_clarity_and_rejection_of_a_checkpoint_agree_with_their_formulas(tmp_path, monkeypatch):
@@ -978,9 +978,9 @@ def test_images_that_are_all_wrong_have_no_auroc_and_chunks_do_not_matter_to_unc
 
 @pytest.mark.parametrize("apart, hit", [(2e-7, 0), (5e-6, 1)])
 def test_cosines_closer_than_1e_6_are_equal(apart, hit):
-    s = 0.6 - apart                      # a query, its relative at cosine 0.6, a stranger a little farther
+    s = 0.6 - apart                      # a query, its positive at cosine 0.6, a negative a little farther
     x = torch.tensor([[1, 0, 0], [0.6, 0.8, 0], [s, 0, math.sqrt(1 - s * s)]], dtype=torch.float64)
-    with pytest.warns(UserWarning):      # of the relative's cosines 0.6 to the query and 0.36 to the stranger: always a hit
+    with pytest.warns(UserWarning):      # of the positive's cosines 0.6 to the query and 0.36 to the negative: always a hit
         assert evaluate.recall_at_k(x, torch.tensor([0, 0, 1]), [1]) == {1: (hit + 1) / 2}
 
 
@@ -1021,8 +1021,8 @@ def test_an_empty_cluster_begins_anew_at_the_point_farthest_from_its_centre(monk
 
 
 def test_f1_and_validation_recall_are_percent_and_so_is_a_negative_difference_of_shares():
-    assert evaluate.spread("f1", [0.35]) == "35.0 %" and evaluate.spread("val_recall@1", [0.35]) == "35.0 %"
-    assert evaluate.spread("grad_share_nir", [-0.05, -0.05], paired=True) == "-5.0 [-5.0, -5.0] %"
+    assert evaluate.format_metric("f1", [0.35]) == "35.0 %" and evaluate.format_metric("val_recall@1", [0.35]) == "35.0 %"
+    assert evaluate.format_difference("grad_share_nir", [-0.05, -0.05]) == "-5.0 [-5.0, -5.0] %"
 
 
 def test_the_usual_kind_is_the_commonest_or_the_baselines(tmp_path, capsys):
