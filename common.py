@@ -2,13 +2,24 @@
 
 A script brings its criterion, a module with these methods, and hands it to `train`:
 
-    losses(embeddings, labels) -> {name: scalar}          their sum is trained
+    losses(embeddings, labels) -> {name: scalar}          their sum is minimised
     param_groups(lr) -> [parameter groups for Adam]       each loss parameter has its own rate
     diagnostics(embeddings, labels) -> {name: float}      what else log.csv shows, once an epoch
 
-It may have one more, which is called before each epoch and does EL-nivMF's warm start:
+It may have one more, which is called before each epoch. EL-nivMF uses the first call for its
+warm start.
 
     start_epoch(epoch, network, train_split, args, device)
+
+Where the protocol of the papers is found:
+
+    two images a class, class-disjoint halves    data.ClassBatches, data.halves
+    crops, flips, test-time crop                 data.train_transform, data.test_transform
+    backbone and linear layer, psi(x)            Network
+    BatchNorm frozen                             Network.train
+    Adam, weight decay for the network alone     make_optimizer
+    warm-up, best epoch                          train
+    metrics                                      evaluate.all_metrics
 
 In reading order: the training; the network; the command line; files; several processes.
 """
@@ -45,22 +56,24 @@ from data import UserError, processes, progress
 def train(args, make_criterion, name):
     """Train, select, evaluate: the whole protocol. Returns the final metrics.
 
-    `make_criterion(num_classes)` gives the loss. Files go to args.out, or to runs/`name`. All
-    random numbers follow from the seed and the epoch, so that a resumed run computes the very
-    numbers of one that was not stopped. (On a GPU nearly so: it adds floats in any order.)
+    `make_criterion(num_classes)` gives the criterion. Files go to args.out, or to
+    runs/`name`. All random numbers follow from the seed and the epoch, so a resumed run gives
+    the numbers of one that was never stopped. (On a GPU up to rounding, as its sums have no
+    fixed order.)
     """
     device = make_device(args.device)
     args.precision = backbone_precision(args.precision, device)
     join_processes(device)
 
-    # Data. The best epoch is chosen on validation classes, else on the test classes.
+    # Data. The best epoch is chosen on the validation classes if there are any, else on the
+    # test classes, as in the official code.
     train_split, val_split, test_split = data.load_splits(args)
     selection = "test" if val_split is None else "val"
     selection_split = test_split if val_split is None else val_split
     check_splits(args, selection_split, test_split)
     loader = training_loader(args, train_split, device)
 
-    # Network, loss, optimiser.
+    # Network, criterion, optimiser.
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
     torch.manual_seed(args.seed)
     network = build_network(args, checkpoint, device)
@@ -72,22 +85,25 @@ def train(args, make_criterion, name):
     print_start(name, train_split, test_split, device, out)
 
     for epoch in range(len(history), args.epochs):
+        # Warm-up: only the embedding layer and the criterion are trained.
         network.backbone.requires_grad_(epoch >= args.warmup)
         if hasattr(criterion, "start_epoch"):
             criterion.start_epoch(epoch, network, train_split, args, device)
-        model = over_processes(model)
-        torch.manual_seed(args.seed + 7919 * (epoch + 1))       # for losses that draw samples
+        model = distribute(model)
+        # A seed for each epoch, so that a resumed run draws the same samples and views.
+        torch.manual_seed(args.seed + 7919 * (epoch + 1))
 
         start = time.monotonic()
         losses, diagnostics = train_one_epoch(model, loader, optimizer, epoch, device, out)
         scheduler.step()
         seconds = time.monotonic() - start
         recall = recall_at_1(network, selection_split, args, device)
+        epoch_seconds = time.monotonic() - start
 
         row = {"epoch": epoch + 1, **losses, **diagnostics, "seconds": seconds}
         row[f"{selection}_recall@1"] = recall
         history.append(row)
-        print_epoch(args, row, losses, selection, len(loader), time.monotonic() - start)
+        print_epoch(args, row, losses, selection, len(loader), epoch_seconds)
         save_epoch(out, args, network, criterion, optimizer, scheduler, history, selection)
 
     return evaluate_checkpoints(args, out, test_split, selection, device)
@@ -95,20 +111,21 @@ def train(args, make_criterion, name):
 
 def train_one_epoch(model, loader, optimizer, epoch, device, out):
     """One pass over the training batches: mean losses, and diagnostics of the first batch."""
-    model.train()
+    model.train()                                   # but for frozen BatchNorm: Network.train
     loader.batch_sampler.epoch = epoch
     sums, diagnostics = {}, {}
     batches = progress(loader, len(loader), f"epoch {epoch + 1}")
     for step, (images, labels) in enumerate(batches):
-        with named_step(epoch, step, out):
+        with errors_name_step(epoch, step, out):
             labels = labels.to(device, non_blocking=True)
             losses, embeddings, labels = model(images, labels)
-            check_finite(losses)
+            loss = sum(losses.values())
+            check_finite(loss, losses)
             if step == 0:
                 diagnostics = first_batch_diagnostics(model, losses, embeddings, labels)
 
             optimizer.zero_grad()
-            sum(losses.values()).backward()
+            loss.backward()
             optimizer.step()
 
         for name, value in losses.items():
@@ -121,8 +138,9 @@ def train_one_epoch(model, loader, optimizer, epoch, device, out):
 class Model(nn.Module):
     """Network and loss as one module, which DistributedDataParallel asks for.
 
-    Takes a process's part of a batch, and gives the losses {name: scalar} of the whole batch
-    with all its embeddings (B, D), in float32 or better, and labels (B,).
+    Takes images and labels of a batch, and gives the losses {name: scalar}, the embeddings
+    (B, D), in float32 or better, and the labels (B,). With several processes, each takes its
+    own part of the batch, and all give the losses, embeddings and labels of the whole.
     """
 
     def __init__(self, network, criterion):
@@ -138,14 +156,14 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def embed(network, split, args, device, what="embedding"):
-    """Embeddings (N, D) on `device` of a split's images as they are at test time, in its order."""
+    """Embeddings (N, D) of a split's images under the test transform, in the split's order."""
     network.eval()
     rank, world = processes()
-    images = data.Images(split, data.test_transform(args.image_size, args.augment))
-    every_nth = DistributedSampler(images, world, rank, shuffle=False)
-    loader = DataLoader(images, batch_size=128, sampler=every_nth, num_workers=args.workers)
-    rows = [network(images) for images, _ in progress(loader, len(loader), what)]
-    rows = torch.cat(rows)
+    pictures = data.Images(split, data.test_transform(args.image_size, args.augment))
+    every_nth = DistributedSampler(pictures, world, rank, shuffle=False)
+    loader = DataLoader(pictures, batch_size=128, sampler=every_nth, num_workers=args.workers)
+    batches = progress(loader, len(loader), what)
+    rows = torch.cat([network(images) for images, _ in batches])
     # Image i was embedded by process i % world: put them back in their order.
     by_process = gather(rows).view(world, *rows.shape)
     in_order = by_process.transpose(0, 1).flatten(0, 1)
@@ -171,12 +189,16 @@ def make_optimizer(args, network, criterion):
 
 
 def training_loader(args, split, device):
-    """A split's training batches; with several processes, this one's part of each."""
+    """A split's training batches; with several processes, this one's part of each.
+
+    A batch size that comes from the preset shrinks to what few classes allow.
+    """
     if args.batch_size is None:
         args.batch_size = min(args.usual_batch_size, data.largest_batch(split.labels))
     batches = data.ClassBatches(split.labels, args.batch_size, seed=args.seed)
     rank, world = processes()
     if args.batch_size % world:
+        # The largest size below that holds pairs of images and can be shared.
         unit = math.lcm(2, world)
         fits = max(unit, args.batch_size // unit * unit)
         raise UserError(f"--batch_size {args.batch_size} cannot be shared by {world} processes: "
@@ -193,24 +215,24 @@ def training_loader(args, split, device):
 
 
 def check_splits(args, *splits):
-    """Refuse classes of one image each, in which nothing can be found, before the training."""
+    """Fail before the training if all classes of a split have one image: Recall@k needs pairs."""
     for split in splits:
         if split.labels.bincount().max() < 2:
             raise UserError(f"no test or validation class of {args.data_root} has two images, so "
                             "none can be found: add images")
 
 
-def check_finite(losses):
-    if torch.isfinite(sum(losses.values())):
+def check_finite(loss, losses):
+    if torch.isfinite(loss):
         return
     bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-    names = ", ".join(bad or ["sum"])
+    names = ", ".join(bad) or "sum"                 # finite losses may add up to infinity
     raise ValueError(f"the loss term {names} is not finite: lower --lr or its weight")
 
 
 @contextlib.contextmanager
-def named_step(epoch, step, out):
-    """Turn a ValueError, "problem: remedy", into a UserError with epoch, step and checkpoint."""
+def errors_name_step(epoch, step, out):
+    """Turn the criterion's ValueError, "problem: remedy", into a UserError that names the step."""
     try:
         yield
     except ValueError as error:
@@ -221,13 +243,13 @@ def named_step(epoch, step, out):
 
 def first_batch_diagnostics(model, losses, embeddings, labels):
     """What the log says of an epoch's first batch: shares of the gradient, the criterion's own."""
-    criterion = model.module.criterion if hasattr(model, "module") else model.criterion
+    criterion = getattr(model, "module", model).criterion
     shares = gradient_shares(losses, embeddings)
     return {**shares, **criterion.diagnostics(embeddings.detach(), labels)}
 
 
 def gradient_shares(losses, embeddings):
-    """Each loss's share of the gradient at the embeddings: its norm over the sum of the norms."""
+    """The norm of each loss's gradient at the embeddings, divided by the sum of these norms."""
     norms = {}
     for name, loss in losses.items():
         norms[name] = 0.0
@@ -239,15 +261,15 @@ def gradient_shares(losses, embeddings):
 
 
 def print_start(name, train_split, test_split, device, out):
-    train = f"{len(train_split.images)} images of {len(train_split.class_names)} classes train"
+    training = f"{len(train_split.images)} images of {len(train_split.class_names)} classes train"
     test = f"{len(test_split.images)} of {len(test_split.class_names)} test"
-    print(f"{name}: {train}, {test}, on {device}; files in {out}", flush=True)
+    print(f"{name}: {training}, {test}, on {device}; files in {out}", flush=True)
 
 
-def print_epoch(args, row, losses, selection, num_batches, seconds_with_embedding):
+def print_epoch(args, row, losses, selection, num_batches, epoch_seconds):
     """One line for an epoch: losses, images a second, time left, Recall@1."""
     epochs_left = args.epochs - row["epoch"]
-    seconds_left = int(epochs_left * seconds_with_embedding)
+    seconds_left = int(epochs_left * epoch_seconds)
     values = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
     rate = num_batches * args.batch_size / row["seconds"]
     recall = row[f"{selection}_recall@1"]
@@ -264,10 +286,10 @@ def evaluate_checkpoints(args, out, test_split, selection, device):
         checkpoint = load_checkpoint(out / f"{title}.pt", "checkpoint")
         network = build_network(args, checkpoint, device)
         embeddings = embed(network, test_split, args, device)
-        labels, ks = test_split.labels, data.usual_ks(args.dataset)
-        metrics = evaluate.all_metrics(embeddings, labels.to(device), ks)
-        certainty, _ = evaluate.uncertainty(embeddings, labels, test_split.ambiguity)
-        columns[title] = {"epoch": checkpoint["epoch"], **metrics, **certainty}
+        labels = test_split.labels.to(device)
+        metrics = evaluate.all_metrics(embeddings, labels, data.usual_ks(args.dataset))
+        norm_metrics, _ = evaluate.uncertainty(embeddings, labels, test_split.ambiguity)
+        columns[title] = {"epoch": checkpoint["epoch"], **metrics, **norm_metrics}
     print(f"\ntest classes; the best epoch is chosen by {selection} Recall@1\n{table(columns)}",
           flush=True)
     save_file(out / "results.json", json.dumps(columns, indent=1))
@@ -276,10 +298,9 @@ def evaluate_checkpoints(args, out, test_split, selection, device):
 
 
 # ----------------------------------------------------------------------------------- the network
-# A backbone is a function of the image size that returns (module, width of its features), or
-# (module, width, mean, deviation). Mean and deviation are what its input is normalised with,
-# three numbers in [0, 1] each. Without them they are ImageNet's, and where both are None the
-# input is used as it is.
+# BACKBONES holds functions of the image size that return (module, width of its features), or
+# (module, width, mean, deviation). Mean and deviation, three numbers in [0, 1] each, are what
+# images are normalised with: ImageNet's if left out, nothing if both are None.
 
 
 def resnet50(image_size):
@@ -335,7 +356,9 @@ class Network(nn.Module):
             self.backbone.avgpool = AverageAndMaximum()
         # The statistics follow from the backbone's name, so they are not part of a
         # checkpoint.
-        mean, deviation = statistics or (data.MEAN, data.DEVIATION)
+        if not statistics:
+            statistics = data.MEAN, data.DEVIATION
+        mean, deviation = statistics
         self.register_buffer("mean", by_channel(mean), persistent=False)
         self.register_buffer("deviation", by_channel(deviation), persistent=False)
         self.embedding = nn.Linear(width, embed_dim)
@@ -344,15 +367,17 @@ class Network(nn.Module):
         weight = self.embedding.weight
         are_pixels = images.dtype == torch.uint8
         images = images.to(weight.device, non_blocking=weight.is_cuda)
-        # For pixels also the layout in which convolutions are faster.
+        # Convolutions are faster in channels_last; images that come as floats stay as they
+        # are.
         layout = torch.channels_last if are_pixels else torch.preserve_format
         images = images.to(weight.dtype, memory_format=layout)
         if are_pixels and self.mean is not None:
             images = (images / 255 - self.mean) / self.deviation
-        device, low = images.device.type, self.precision == "bfloat16"
-        with torch.autocast(device, torch.bfloat16, enabled=low):
+        device = images.device.type
+        is_bfloat16 = self.precision == "bfloat16"
+        with torch.autocast(device, torch.bfloat16, enabled=is_bfloat16):
             features = self.backbone(images).flatten(1)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False):     # also where the caller has it on
             return self.embedding(features.to(weight.dtype))
 
     def train(self, mode=True):
@@ -382,7 +407,7 @@ def build_network(args, checkpoint=None, device=torch.device("cpu")):  # noqa: B
         except RuntimeError as error:
             raise UserError("the checkpoint does not hold the network its settings name "
                             f"({args.arch}, D = {args.embed_dim}): {last_line(error)}") from None
-    precision = getattr(args, "precision", "auto")
+    precision = getattr(args, "precision", "auto")      # an old checkpoint may have none
     network.precision = backbone_precision(precision, device)
     _, world = processes()
     if device.type == "cuda" and world > 1 and not network.freeze_norm:
@@ -399,17 +424,7 @@ def load_weights(network, weights):
     """
     if weights == "none":
         return
-    entry = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    try:
-        if weights == "imagenet":
-            state = entry.get_state_dict(check_hash=True)
-        else:
-            state = load_file(weights, "--weights")
-    except (OSError, RuntimeError) as error:
-        file = entry.url.rsplit("/", 1)[1]
-        raise UserError(f"the ImageNet weights could not be fetched ({error}): fetch {file} by "
-                        "hand and give --weights PATH, or start from nothing with --weights "
-                        "none") from None
+    state = imagenet_weights() if weights == "imagenet" else load_file(weights, "--weights")
     try:
         own = network.backbone.state_dict()
         network.backbone.load_state_dict(without_classifier(state, own))
@@ -418,8 +433,20 @@ def load_weights(network, weights):
                         f"backbone ({last_line(error)})") from None
 
 
+def imagenet_weights():
+    """torchvision's V1 weights of ResNet50, downloaded once."""
+    imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    try:
+        return imagenet.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:
+        file = imagenet.url.rsplit("/", 1)[1]
+        raise UserError(f"the ImageNet weights could not be fetched ({error}): fetch {file} by "
+                        "hand and give --weights PATH, or start from nothing with --weights "
+                        "none") from None
+
+
 def without_classifier(state, own):
-    """A state dict less the classifier's tensors, but for those that the backbone itself has."""
+    """Drop the classifier's tensors from a state dict, unless the backbone has them too."""
     classifiers = ("fc", "_fc", "classifier", "head")
     kept = {}
     for key, value in state.items():
@@ -431,8 +458,8 @@ def without_classifier(state, own):
 def load_network(path, device="auto"):
     """(network, prepare) of a run's best.pt or last.pt, for embedding one's own images.
 
-    `prepare` makes a PIL image, or a file, the (3, H, W) uint8 tensor of which `network`,
-    without gradients, takes batches. Raises UserError for what is no checkpoint.
+    `prepare` turns a PIL image or a file into a (3, H, W) uint8 tensor. `network` embeds a
+    batch of them, without gradients. Raises UserError if `path` is no checkpoint.
     """
     checkpoint = load_checkpoint(path, "checkpoint")
     args = argparse.Namespace(**checkpoint["args"])
@@ -449,7 +476,7 @@ def load_network(path, device="auto"):
 def make_device(name):
     """The torch.device of --device, or a UserError where it cannot be used.
 
-    auto is the first GPU, or of several the process's own, else the CPU.
+    auto is this process's GPU, without torchrun the first one, or else the CPU.
     """
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
@@ -460,6 +487,7 @@ def make_device(name):
         raise UserError(f"--device {name} names one device for {local_world} processes: with "
                         f"torchrun give --device {name.split(':')[0]}, and each takes its own")
     try:
+        # Fails now if the device cannot be used.
         torch.empty(1, device=name, dtype=torch.float64)
         return torch.device(name)
     except TypeError:
@@ -471,7 +499,7 @@ def make_device(name):
 
 
 def backbone_precision(precision, device):
-    """What `auto` means on a device: bfloat16 emulated in software is slower than float32."""
+    """Resolve auto: bfloat16 on a GPU that has it in hardware, since emulated it is slow."""
     if precision != "auto":
         return precision
     is_cuda = device.type == "cuda"
@@ -482,7 +510,7 @@ def backbone_precision(precision, device):
 # ------------------------------------------------------------------------------ the command line
 
 LAUNCHER = "python"         # what starts a script, for the advice that is printed
-current_run = None          # the folder of the run that is being trained, once it has one
+current_run = None          # folder of the run that is being trained, for `print_interrupted`
 
 
 def command(main):
@@ -495,7 +523,7 @@ def command(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        # From a worker process it arrives as the last line of a traceback.
+        # The error of a DataLoader's worker arrives as a traceback, whose last line it is.
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
@@ -531,6 +559,7 @@ def parser(docstring):
     )
     add_data_and_network_options(p)
     add_training_options(p)
+    add_run_options(p)
     return p
 
 
@@ -562,22 +591,24 @@ def add_data_and_network_options(p):
 
 def add_training_options(p):
     add = p.add_argument_group("training").add_argument
-    add("--epochs", type=positive(int), help="Number of epochs. Default: by preset.")
+    add("--epochs", type=positive(int), help="Number of epochs. Default: the preset's.")
     add("--warmup", type=not_negative(int),
-        help="Epochs in which the backbone is not trained. Default: by preset.")
+        help="Epochs in which the backbone is not trained. Default: the preset's.")
     add("--batch_size", type=positive(int),
-        help="Images in a batch, two of each class. Default: by preset, or less if need be.")
+        help="Images in a batch, two of each class. Default: the preset's, or less if need be.")
     add("--lr", type=positive(float),
-        help="Adam's learning rate for the network. Default: by preset.")
+        help="Adam's learning rate for the network. Default: the preset's.")
     add("--lr_steps", type=int, nargs="*",
-        help="Epochs after which all learning rates are cut. Default: by preset.")
+        help="Epochs after which all learning rates are cut. Default: the preset's.")
     add("--lr_gamma", type=positive(float),
-        help="The factor by which they are cut. Default: by preset.")
+        help="The factor by which they are cut. Default: the preset's.")
     add("--weight_decay", type=not_negative(float), default=4e-4,
-        help="Weight decay of the network, which the losses have not. Default: 4e-4.")
+        help="Weight decay of the network; loss parameters have none. Default: 4e-4.")
     add("--val_fraction", type=not_negative(float, below=1), default=0.0,
         help="Part of the training classes to hold out for validation. Default: 0.")
 
+
+def add_run_options(p):
     add = p.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="Seed of all random numbers. Default: 0.")
     add("--device", default="auto",
@@ -586,14 +617,14 @@ def add_training_options(p):
         help="The backbone's precision. Default: auto, bfloat16 on a GPU that has it in hardware.")
     add("--workers", type=not_negative(int),
         help="Processes that load images. Default: as many as there are CPUs; for toy 0.")
-    add("--out", help="Folder of the run. Default: runs/NAME.")
+    add("--out", help="Folder of a new run. Default: runs/NAME.")
     add("--resume", help="last.pt of a run that was stopped, whose settings are used.")
     add("-h", "--help", action="store_true", default=argparse.SUPPRESS,
-        help="Show this, with the settings of the options that are given beside it.")
+        help="Show this, and the settings that the other options lead to.")
 
 
 def positive(kind, zero=False, below=math.inf):
-    """An argparse type: an int or float above zero, with `zero` also zero, and below `below`."""
+    """An argparse type: a finite int or float above zero, or with `zero` at least zero."""
 
     def convert(text):
         value = kind(text)
@@ -612,14 +643,14 @@ not_negative = functools.partial(positive, zero=True)
 
 
 def parse(p, preset, argv=None, fixed=None):
-    """The settings: what the command line says, else a resumed run's own, else the preset's.
+    """The settings of a run: what the command line says, and where it is silent the preset's.
 
-    `preset(args) -> {option: value}` is asked last. Its batch size becomes
-    `usual_batch_size`, which may be reduced; the user's own may not. `fixed(args) -> {name:
-    value}` is what no option changes.
+    `preset(args) -> {option: value}` fills in what is not given. Its batch size becomes
+    `usual_batch_size`, which may shrink for few classes; the user's own may not. `fixed(args)
+    -> {name: value}` is what no option changes. With --resume the settings are the run's.
     """
     args = p.parse_args(argv)
-    show_help = "help" in args
+    show_help = "help" in args                      # it has no default
     if args.resume and not show_help:
         return resumed_settings(p, args, argv)
     fill_defaults(args)
@@ -678,7 +709,7 @@ def settings_text(args, settings):
     return "\n".join(lines)
 
 
-# Options that do not change what is computed.
+# Options that may differ when a run is resumed.
 CIRCUMSTANCES = {"device", "workers", "resume", "out", "data_root"}
 
 
@@ -690,15 +721,14 @@ def resumed_settings(p, args, argv):
         options = ", ".join(f"--{key}" for key in unknown)
         raise UserError(f"--resume {args.resume} is a run of another script or version, which "
                         f"knows no {options}: resume it with its own")
-    # Parsed once more with the run's settings as defaults, what differs is what the user
-    # asked for.
-    defaults = argparse.Namespace(**{key: saved.get(key) for key in vars(args)})
-    given = p.parse_args(argv, defaults)
+    # Parse again with the run's settings as defaults: what differs was typed by the user.
+    as_before = argparse.Namespace(**{key: saved[key] for key in vars(args)})
+    given = p.parse_args(argv, as_before)
     for key, value in vars(given).items():
-        if key not in CIRCUMSTANCES and value != saved.get(key, value):
+        if key not in CIRCUMSTANCES and value != saved[key]:
             raise UserError(f"--{key} {value} contradicts the run in {args.resume}, which has "
-                            f"{saved.get(key)}: leave the option out to resume, or start a new run")
-    given.resume, given.out = args.resume, str(Path(args.resume).parent)
+                            f"{saved[key]}: leave the option out to resume, or start a new run")
+    given.out = str(Path(args.resume).parent)
     circumstances = {key: getattr(given, key) for key in CIRCUMSTANCES}
     return argparse.Namespace(**{**saved, **circumstances})
 
@@ -714,7 +744,7 @@ def defaults(*classes):
 
 
 def check_options(make_criterion):
-    """Make the criterion once, so that options that do not go together are named before all else.
+    """Make the criterion once, so that options that do not fit are named before data is read.
 
     A ValueError of its construction begins with the parameter's name, which is the option's.
     """
@@ -749,10 +779,10 @@ def table(columns):
 
 
 def make_run_folder(args, name):
-    """Make the run's folder and write its settings: never over another run's checkpoint.
+    """Make the run's folder, and write args.json there.
 
-    Where the name is ours to choose the folder is a new one, also among runs that start
-    together.
+    A folder that is given with --out may not hold a run already. Without --out the folder is
+    always a new one, also if two runs start at once.
     """
     global current_run
     rank, world = processes()
@@ -787,8 +817,7 @@ def make_new_folder(path):
     for number in itertools.count(1):
         folder = path if number == 1 else Path(f"{path}-{number}")
         try:
-            # Two runs that only asked whether it exists could find the same name free.
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True)              # which fails if another run was faster
             return folder
         except FileExistsError:
             continue
@@ -838,24 +867,24 @@ def load_checkpoint(path, option):
 
 
 def load_file(path, option):
-    """torch.load without code: UserError for a file that is missing, no checkpoint, or has code."""
+    """torch.load that runs no code from the file. Raises UserError if it fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         reason = "does not exist"
     except IsADirectoryError:
         reason = "is a folder"
-    except Exception as error:      # a file of other content makes the unpickler fail in any way
+    except Exception as error:      # unpickling some other file can raise anything
         reason = ("is not a checkpoint, or holds more than tensors and plain values "
                   f"({type(error).__name__})")
     raise UserError(f"{option} {path} {reason}: give another file")
 
 
 def save_file(path, content):
-    """Write a file and its folder; `path` is always the old file or the whole new one.
+    """Write a file beside its place, then rename it: a crash never leaves half a file.
 
-    content: a text, a function that writes to a file, or a checkpoint. The first process
-    writes.
+    content: a text, a function that writes to a file, or a checkpoint. Only the first of
+    several processes writes.
     """
     rank, _ = processes()
     if rank != 0:
@@ -877,7 +906,7 @@ def save_file(path, content):
 
 
 def csv_text(rows):
-    """Rows, dictionaries with the same keys, as the text of a CSV file."""
+    """The CSV text of rows, which are dictionaries with the same keys."""
     lines = [",".join(rows[0])]
     for row in rows:
         lines.append(",".join(str(value) for value in row.values()))
@@ -887,6 +916,7 @@ def csv_text(rows):
 def commit():
     """This checkout's commit, with a + where files differ from it; unknown without git."""
     folder = str(Path(__file__).parent)
+    # --exclude: the commit's hash, never a tag.
     git = ["git", "-C", folder, "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=True)
@@ -902,7 +932,7 @@ def last_line(error):
 # ----------------------------------------------------------------------------- several processes
 # `torchrun --nproc_per_node=N nir.py ...` starts N processes. Each embeds its part of every
 # batch, then all embeddings are gathered. So each computes the same loss of the whole batch,
-# from the same random numbers. The first one alone writes and speaks.
+# from the same random numbers. Only the first one prints and writes files.
 
 
 def join_processes(device):
@@ -914,7 +944,7 @@ def join_processes(device):
         return
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
-        timeout=datetime.timedelta(hours=2),
+        timeout=datetime.timedelta(hours=2),        # the first may have to download the data
         device_id=device if is_cuda else None,
     )
     if dist.get_rank() != 0:
@@ -927,10 +957,10 @@ def wait_for_all():
         dist.barrier()
 
 
-def over_processes(model):
-    """The model, with several processes in a DistributedDataParallel, which adds gradients up.
+def distribute(model):
+    """The model; with several processes in a DistributedDataParallel, which averages gradients.
 
-    A new one where other parameters have gradients than in the epoch before.
+    It is wrapped anew when other parameters are trained than before, as after the warm-up.
     """
     _, world = processes()
     if world == 1:
@@ -945,7 +975,7 @@ def over_processes(model):
 
 
 def copy_buffers(model):
-    """Give all processes the first one's buffers: BatchNorm's averages are each one's own."""
+    """Copy the first process's buffers to all: BatchNorm's running averages differ."""
     _, world = processes()
     if world > 1:
         for buffer in model.module.network.buffers():
@@ -953,7 +983,7 @@ def copy_buffers(model):
 
 
 def gather(rows):
-    """Every process's rows (n, ...), one below the other: (N n, ...).
+    """All processes' rows (n, ...), one below the other: (world * n, ...).
 
     A gradient reaches the process's own rows.
     """
@@ -963,8 +993,9 @@ def gather(rows):
     all_rows = [torch.empty_like(rows) for _ in range(world)]
     dist.all_gather(all_rows, rows.detach().contiguous())
     if rows.requires_grad:
-        # The loss is the same in all processes, so the gradient of the own rows is here
-        # already. Over the processes the network's gradients have to add up, where
-        # DistributedDataParallel takes their mean: hence times N.
+        # All processes compute the same loss, so the gradient of the own rows is here
+        # already. Over the processes the network's gradients have to add up, but
+        # DistributedDataParallel averages them: hence times world. The difference is zero,
+        # its gradient is not.
         all_rows[rank] = all_rows[rank] + world * (rows - rows.detach())
     return torch.cat(all_rows)

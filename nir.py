@@ -2,33 +2,37 @@
 
 The paper is by Roth, Vinyals and Akata (CVPR 2022).
 
-A proxy loss only looks at how far an embedding psi is from the proxy rho of its class.
-All points on a circle around rho are alike to it, so classes come out round. NIR asks for
-more: each psi has to be a unique, invertible translation of its proxy, psi = tau(zeta |
-rho), of a residual zeta that is standard normal. tau is a conditional normalising flow,
-and the regulariser is its negative log-likelihood:
+A proxy loss sees an embedding psi only through its distances to the class proxies rho.
+Embeddings at the same distance from their proxy get the same loss from it, so nothing gives
+a class an inner structure: it becomes isotropic. NIR asks for more. Given the proxy,
+psi = tau(zeta | rho) has to be an invertible function of a residual zeta, and zeta has to be
+standard normal. tau is a conditional normalising flow. The regulariser is the flow's negative
+log-likelihood, which is, up to a constant,
 
-    L_NIR = mean_i  0.5 ||zeta_i||^2 - log|det J(psi_i)|,      zeta_i = tau^-1(psi_i | rho_y)
+    L_NIR = mean_i (0.5 ||zeta_i||^2 - log|det J_i|),        zeta_i = tau^-1(psi_i | rho_y)
 
-It is added to any proxy loss and needs no pairs of samples.
+It is added to any proxy loss, and needs no pairs of samples. The official code minimises an
+exponential of it instead: see the class `NIR`.
 
-In reading order: three proxy losses; the flow; the NIR term; the settings; main.
+In reading order: precision; three proxy losses; the flow; the proxy loss with NIR; the
+settings; main.
 
     python nir.py --dataset toy                          built-in characters, minutes on a laptop
-    python nir.py --dataset cub200 --loss proxyanchor    the paper's run: ResNet50, a GPU
-    python nir.py --dataset cub200 --nir_weight 0        its baseline, the proxy loss alone
+    python nir.py --dataset cub200 --loss proxyanchor    the official run: ResNet50, a GPU
+    python nir.py --dataset cub200 --nir_weight 0        the official baseline without NIR
 
-    paper      name in the code
-    psi        `embeddings`; L2-normalised inside the losses, `psi` where it is
-    rho        `proxies`, one for each class; `rho` (B, D) for the proxy of each sample's class
-    tau        `GlowFlow.inverse`, from zeta to psi;   tau^-1 is `GlowFlow.forward`
-    zeta       `zeta`, the residual
-    det J      `log_det`, the log-determinant of the Jacobian of tau^-1
+    paper         name in the code
+    psi           `embeddings` (B, D) before they are L2-normalised, `psi` afterwards
+    rho           `proxies` (C, D); `rho` (B, D), the normalised proxy of each sample's class
+    tau           `GlowFlow.inverse`; tau^-1 is `GlowFlow.forward`
+    zeta          `zeta` (B, D), the residual
+    log|det J|    `log_det` (B,), where J is the Jacobian of tau^-1
 
-One step of the training, which `common.train_one_epoch` runs, with `criterion` the class
-`NIR` below:
+One step of the training, as `common.train_one_epoch` runs it. `network` is a backbone and one
+linear layer, `criterion` an instance of `NIR`, `optimizer` one Adam over network, proxies and
+flow. L_NIR has a gradient for all three.
 
-    embeddings = network(images)                        # psi before normalisation, (B, D)
+    embeddings = network(images)                        # (B, D), not normalised
     losses = criterion.losses(embeddings, labels)       # {"proxy": scalar, "nir": scalar}
     optimizer.zero_grad()
     sum(losses.values()).backward()
@@ -38,7 +42,7 @@ import functools
 import math
 import os
 
-# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
+# Set before torch is imported: idle OpenMP threads sleep instead of slowing other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -46,11 +50,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# ----------------------------------------------------------------------------------- precision
+
 
 def full_precision(function):
-    """Let a function compute in float32, whatever autocast or half precision surrounds the call.
+    """Make a function compute in float32, also where autocast is on or half precision comes in.
 
-    float64 that comes in stays float64.
+    float64 stays float64.
     """
 
     def full(value):
@@ -70,13 +76,13 @@ def full_precision(function):
 
 
 # ------------------------------------------------------------------------------ the proxy losses
-# Each holds learnable `proxies`, one for each class (SoftTriple: several), which start at
-# N(0, 1/64). forward(embeddings (B, D), labels (B,) in 0 .. C-1) gives the loss, a
-# scalar, the mean over the batch. Embeddings and proxies are normalised inside, so that s
-# = psi . rho is their cosine.
+# Each holds learnable `proxies`, one for each class (SoftTriple: several). It takes embeddings
+# (B, D) and labels (B,) in 0 .. C-1, and gives the loss, a scalar. Embeddings and proxies are
+# normalised inside: s = psi . rho is their cosine.
 
 
 def initial_proxies(*shape):
+    """Proxies start at N(0, 1/64), that is with a deviation of 1/8."""
     return nn.Parameter(torch.randn(shape) / 8)
 
 
@@ -88,7 +94,7 @@ def cosines(embeddings, proxies):
 class ProxyNCA(nn.Module):
     """Softmax cross-entropy over the distances to all proxies, the sample's own included.
 
-        L = mean_i -log  exp(-||psi_i - rho_y||^2 / T) / sum_c exp(-||psi_i - rho_c||^2 / T)
+        L = mean_i -log( exp(-||psi_i - rho_y||^2 / T) / sum_c exp(-||psi_i - rho_c||^2 / T) )
 
     This is the form of ProxyNCA++ (Teh, DeVries, Taylor, ECCV 2020).
     """
@@ -106,7 +112,9 @@ class ProxyNCA(nn.Module):
 
 
 class ProxyAnchor(nn.Module):
-    """Proxies as anchors: each pulls its positives and pushes its negatives, the hardest most.
+    """Proxies as anchors: each pulls its positives and pushes its negatives away.
+
+    The hardest count most.
 
         L = 1/|P+| sum_{c in P+} log(1 + sum_{i of class c}     exp(-alpha (s_ic - margin)))
           + 1/C    sum_c         log(1 + sum_{i not of class c} exp( alpha (s_ic + margin)))
@@ -126,32 +134,33 @@ class ProxyAnchor(nn.Module):
         s = cosines(embeddings, self.proxies)           # (B, C)
         positive = F.one_hot(labels, num_classes).bool()
 
-        # log(1 + sum exp) is softplus(logsumexp), which cannot overflow. What is not in a
-        # sum gets the lowest finite number, not -inf: logsumexp over nothing but -inf has
-        # no gradient.
-        nothing = torch.finfo(s.dtype).min
+        # log(1 + sum exp) is softplus(logsumexp), which cannot overflow. What does not belong to
+        # a sum gets the lowest finite number. (With -inf, a sum over nothing has a nan gradient.)
+        lowest = torch.finfo(s.dtype).min
         pull = -self.alpha * (s - self.margin)
         push = self.alpha * (s + self.margin)
-        pull = pull.masked_fill(~positive, nothing).logsumexp(0)    # (B, C) -> (C,)
-        push = push.masked_fill(positive, nothing).logsumexp(0)     # (B, C) -> (C,)
+        positive_sums = pull.masked_fill(~positive, lowest).logsumexp(0)    # (B, C) -> (C,)
+        negative_sums = push.masked_fill(positive, lowest).logsumexp(0)     # (B, C) -> (C,)
 
-        # A proxy without a positive adds softplus(nothing) = 0 to the first sum.
+        # A proxy without a positive adds softplus(lowest) = 0 to the first term.
         num_with_positive = positive.any(0).sum()
-        positive_term = F.softplus(pull).sum() / num_with_positive
-        negative_term = F.softplus(push).mean()
+        positive_term = F.softplus(positive_sums).sum() / num_with_positive
+        negative_term = F.softplus(negative_sums).mean()
         return positive_term + negative_term
 
 
 class SoftTriple(nn.Module):
     """Softmax cross-entropy where each class has several centres, and a sample softly chooses one.
 
-        S_ic = sum_k  softmax_k(s_ick / gamma) s_ick            similarity to a class of K centres
-        L    = mean_i -log  exp(la (S_iy - margin)) /
-                            (exp(la (S_iy - margin)) + sum_{c != y} exp(la S_ic))
-             + tau / (C K (K - 1)) sum_c sum_{k < l} ||w_ck - w_cl||
+        s_ick = psi_i . w_ck                            w_ck are the K centres of class c
+        S_ic  = sum_k softmax_k(s_ick / gamma) s_ick    the similarity of sample i and class c
+        L     = mean_i -log( exp(la (S_iy - margin)) /
+                             (exp(la (S_iy - margin)) + sum_{c != y} exp(la S_ic)) )
+              + tau / (C K (K - 1)) sum_c sum_{k < l} ||w_ck - w_cl||
 
-    The last term merges centres that a class does not need. From "SoftTriple Loss: Deep
-    Metric Learning Without Triplet Sampling" (Qian et al., ICCV 2019).
+    The last term merges centres that a class does not need; tau is here its weight, not the
+    flow. From "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling" (Qian et al.,
+    ICCV 2019).
     """
 
     def __init__(self, num_classes, dim, centers=10, la=20.0, gamma=0.1, margin=0.01, tau=0.2):
@@ -181,10 +190,9 @@ class SoftTriple(nn.Module):
         """1 / (C K (K - 1)) sum_c sum_{k < l} ||w_ck - w_cl|| of unit vectors w (C, K, D)."""
         C, K, _ = w.shape
         cosine = w @ w.mT                               # (C, K, K)
-        k, later = torch.triu_indices(K, K, offset=1, device=w.device)
-        squared = 2 - 2 * cosine[:, k, later]           # (C, K (K - 1) / 2)
-        # The square root has an infinite slope where two centres have merged: keep away
-        # from 0.
+        first, second = torch.triu_indices(K, K, offset=1, device=w.device)
+        squared = 2 - 2 * cosine[:, first, second]      # (C, K (K - 1) / 2)
+        # The slope of the square root is infinite at 0, where two centres have merged.
         distance = squared.clamp(min=1e-5).sqrt()
         return distance.sum() / (C * K * (K - 1))
 
@@ -198,22 +206,24 @@ LOSSES = {"proxynca": ProxyNCA, "proxyanchor": ProxyAnchor, "softtriple": SoftTr
 class Coupling(nn.Module):
     """One invertible block: a fixed permutation, then GLOW's affine coupling, given a condition.
 
-    The permuted input is cut in halves x1, x2. Each half is scaled and shifted by what a
-    small network makes of the other half and of the condition:
+    The permuted input is cut in halves x1, x2. First x1 is scaled and shifted by what a small
+    network makes of x2 and the condition, then x2 by what another makes of the new y1:
 
         y1 = exp(s2) * x1 + t2    with (s2, t2) = subnet2(x2, cond)
         y2 = exp(s1) * x2 + t1    with (s1, t1) = subnet1(y1, cond)
 
-    The Jacobian is triangular, so log|det J| is the sum of all s1 and s2. A soft clamp
-    keeps each scale within exp(+-clamp): s = clamp * 0.636 * atan(raw), where 0.636 is 2
-    / pi as the official code has it. From "Glow: Generative Flow with Invertible 1x1
-    Convolutions" (Kingma, Dhariwal, NeurIPS 2018).
+    Each of the two lines has a triangular Jacobian, so log|det J| is the sum of all s1 and s2. A
+    soft clamp keeps each scale within exp(+-clamp): s = clamp * 0.636 * atan(raw), where 0.636
+    is the official code's 2 / pi.
+
+    From "Glow: Generative Flow with Invertible 1x1 Convolutions" (Kingma, Dhariwal, NeurIPS
+    2018); the permutation, random but fixed, takes the place of the 1x1 convolution.
     """
 
     def __init__(self, dim, cond_dim, depth, width, clamp, seed):
         super().__init__()
         self.clamp = clamp
-        permutation = np.random.RandomState(seed).permutation(dim)
+        permutation = np.random.RandomState(seed).permutation(dim)      # the official code's
         permutation = torch.from_numpy(permutation)
         self.register_buffer("permutation", permutation)
         self.register_buffer("undo", permutation.argsort())
@@ -221,18 +231,17 @@ class Coupling(nn.Module):
         half1 = dim // 2
         half2 = dim - half1
         self.halves = (half1, half2)
-        self.subnet1 = self.subnet(half1 + cond_dim, 2 * half2, depth, width)
-        self.subnet2 = self.subnet(half2 + cond_dim, 2 * half1, depth, width)
+        self.subnet1 = self.make_subnet(half1 + cond_dim, 2 * half2, depth, width)
+        self.subnet2 = self.make_subnet(half2 + cond_dim, 2 * half1, depth, width)
 
     @staticmethod
-    def subnet(inputs, outputs, depth, width):
+    def make_subnet(size_in, size_out, depth, width):
         """`depth` linear layers, with ReLU and `width` units between them."""
-        hidden = [width] * (depth - 1)
-        sizes = [inputs, *hidden, outputs]
+        sizes = [size_in] + [width] * (depth - 1) + [size_out]
         layers = []
-        for size_in, size_out in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(size_in, size_out), nn.ReLU()]
-        return nn.Sequential(*layers[:-1])
+        for before, after in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])              # no ReLU behind the last layer
 
     def scale_shift(self, subnet, x, cond):
         """Log-scale s and shift t for one half, from the other half x and the condition."""
@@ -291,7 +300,7 @@ class GlowFlow(nn.Module):
 
     @full_precision
     def inverse(self, zeta, rho):
-        """psi = tau(zeta | rho) (B, dim)."""
+        """psi = tau(zeta | rho) (B, dim); the training does not need it."""
         psi = zeta
         for block in reversed(self.blocks):
             psi = block.inverse(psi, rho)
@@ -309,26 +318,28 @@ class GlowFlow(nn.Module):
         return log_normal + log_det
 
 
-# ------------------------------------------------------------------------------- the regulariser
+# ---------------------------------------------------------------------- the proxy loss with NIR
 
 
 class NIR(nn.Module):
     """A proxy loss with the NIR term: proxy_weight * L_proxy + nir_weight * L_NIR.
 
-    form "nll", the paper's:            L_NIR = mean_i -log p(psi_i | rho_y)
-    form "exp", the official code's:    L_NIR = mean_i exp(0.5 ||zeta_i||^2 - log|det J|)
+    `form` chooses L_NIR, by the negative log-likelihood nll_i = -log p(psi_i | rho_y):
 
-    Embeddings lie on the unit sphere, where a density over R^D has no upper bound, so "nll"
-    keeps pulling for as long as it is trained. The gradient of "exp" is that of "nll" divided
-    by p, up to a constant. Once the flow fits it vanishes, as that of a hinge does.
+        "nll", the paper's            mean_i nll_i
+        "exp", the official code's    mean_i exp(nll_i - D/2 log 2 pi)
 
-    psi and rho are L2-normalised. With several centres for each class, rho is the one
-    nearest to psi.
+    Embeddings lie on the unit sphere, which has no volume in R^D: the density there can grow
+    without bound, so "nll" keeps pulling for as long as it is trained. The gradient of "exp" is
+    that of "nll" divided by p, up to a constant. Where the flow fits, p is large and the gradient
+    nearly zero, like that of a satisfied hinge.
 
-    noise > 0 adds normal noise of that deviation to each coordinate of psi before the
-    flow. A class that is smaller than the noise then gains nothing by shrinking further:
-    no density is higher than the noise's own, whose mean logarithm is -D/2 log(2 pi e
-    noise^2).
+    psi and rho are L2-normalised. With several centres for each class, rho is the one nearest
+    to psi.
+
+    noise > 0 adds normal noise of that deviation to each coordinate of psi before the flow. No
+    flow's mean log-likelihood can then exceed -D/2 log(2 pi e noise^2), so a class smaller than
+    the noise gains almost nothing by shrinking.
 
     proxy_lr and flow_lr are multiples of the network's learning rate, see `param_groups`.
     """
@@ -341,20 +352,15 @@ class NIR(nn.Module):
         self.nir_weight, self.proxy_weight = nir_weight, proxy_weight
         self.proxy_lr, self.flow_lr = proxy_lr, flow_lr
         # Without a weight there is nothing to train.
-        self.flow = GlowFlow(dim, dim) if nir_weight else None
+        self.flow = GlowFlow(dim, cond_dim=dim) if nir_weight else None
 
     @full_precision
     def nir(self, embeddings, labels):
         """L_NIR, a scalar, of embeddings (B, D) and labels (B,)."""
         psi = F.normalize(embeddings)
-        rho = F.normalize(self.proxy_loss.proxies, dim=-1)[labels]
-        if rho.dim() == 3:
-            cosine = (rho @ psi.unsqueeze(2)).squeeze(2)                # (B, K)
-            nearest = cosine.argmax(1)
-            every_row = torch.arange(len(rho), device=rho.device)
-            rho = rho[every_row, nearest]                               # (B, K, D) -> (B, D)
+        rho = self.own_proxies(psi, labels)
         if self.noise:
-            psi = psi + self.noise * torch.randn_like(psi)
+            psi = psi + self.noise * torch.randn_like(psi)              # no longer of length 1
 
         if self.form == "nll":
             return -self.flow.log_prob(psi, rho).mean()
@@ -362,15 +368,25 @@ class NIR(nn.Module):
         exponent = 0.5 * zeta.square().sum(1) - log_det
         return exponent.exp().mean()
 
+    def own_proxies(self, psi, labels):
+        """rho (B, D), the normalised proxy of each sample's class; of several the nearest."""
+        rho = F.normalize(self.proxy_loss.proxies, dim=-1)[labels]
+        if rho.dim() == 2:
+            return rho
+        cosine = (rho @ psi.unsqueeze(2)).squeeze(2)                    # (B, K)
+        nearest = cosine.argmax(1)
+        every_row = torch.arange(len(rho), device=rho.device)
+        return rho[every_row, nearest]                                  # (B, K, D) -> (B, D)
+
     def losses(self, embeddings, labels):
         """The weighted losses, {name: scalar}, whose sum is trained."""
-        losses = {"proxy": self.proxy_weight * self.proxy_loss(embeddings, labels)}
+        weighted = {"proxy": self.proxy_weight * self.proxy_loss(embeddings, labels)}
         if self.flow is not None:
-            losses["nir"] = self.nir_weight * self.nir(embeddings, labels)
-        return losses
+            weighted["nir"] = self.nir_weight * self.nir(embeddings, labels)
+        return weighted
 
     def param_groups(self, lr):
-        """Parameter groups for Adam: proxies and flow learn at their own multiples of `lr`."""
+        """Groups for Adam: proxies and flow learn at multiples of `lr`, without weight decay."""
         proxies = list(self.proxy_loss.parameters())
         groups = [{"params": proxies, "lr": self.proxy_lr * lr}]
         if self.flow is not None:
@@ -381,58 +397,55 @@ class NIR(nn.Module):
     def diagnostics(self, embeddings, labels):
         """How tight the batch's classes are, for the log: two mean cosines as {name: float}.
 
-        own_proxy_cosine: between an embedding and the proxy of its class, the nearest if
-        there are several. class_cosine: between two embeddings of a class.
+        own_proxy_cosine: between an embedding and the proxy of its class, the nearest if there are
+        several. class_cosine: between two embeddings of a class.
         """
         psi = F.normalize(embeddings)
-        proxies = self.proxy_loss.proxies.detach()
-        rho = F.normalize(proxies, dim=-1)[labels]
-        rho = rho.view(len(psi), -1, psi.shape[1])                      # (B, K or 1, D)
-        to_proxy = (rho @ psi.unsqueeze(2)).amax(1)                     # (B, K or 1, 1) -> (B, 1)
+        rho = self.own_proxies(psi, labels).detach()
+        proxy_cosine = (psi * rho).sum(1)                               # (B,)
 
+        cosine = psi @ psi.T                                            # (B, B)
         same_class = labels.unsqueeze(0) == labels.unsqueeze(1)
         pairs = same_class.triu(diagonal=1)                             # each pair once
-        between = psi @ psi.T                                           # (B, B)
         return {
-            "own_proxy_cosine": float(to_proxy.mean()),
-            "class_cosine": float(between[pairs].mean()),
+            "own_proxy_cosine": float(proxy_cosine.mean()),
+            "class_cosine": float(cosine[pairs].mean()),
         }
 
 
 # ---------------------------------------------------------------------------------- the settings
-# What a run uses where the command line says nothing: one row, whatever D is.
+# One row for each kind of run, whatever D is. Options on the command line override it.
 #
-# The first rows are the official settings, for a pretrained network; the baselines are
-# those of
-# --nir_weight 0, so that their three columns of NIR play no part. `scratch` and `toy` are for a
-# network that starts from nothing (--weights none). They were found on validation
-# classes, see RESULTS.md. On toy the noise, 0.8 in all, is as long as two images of a
-# class are apart.
+# The first six rows are the official settings, for a pretrained network. The baselines belong
+# to --nir_weight 0, which overrides their nir_weight: the flow's rate, form and noise are not
+# used there. `scratch` and `toy` are for a network that starts from nothing (--weights none), and
+# were found on validation classes: RESULTS.md. On toy the noise has the length 0.1 sqrt(64) = 0.8,
+# about the distance of two images of a class.
 #
-# proxy_lr and flow_lr are multiples of lr. After each of the epochs in lr_steps, all
-# rates are multiplied by lr_gamma. proxy_weight is the official code's w: it scales the
-# proxy loss, not NIR.
+# proxy_lr and flow_lr are multiples of lr. The backbone is not trained in the first `warmup`
+# epochs. After each of the epochs in lr_steps, all rates are multiplied by lr_gamma.
+# proxy_weight is the official code's w: it scales the proxy loss, not NIR.
 
 COLUMNS = (
     "epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
     "proxy_lr", "flow_lr", "proxy_weight", "nir_form", "nir_weight", "nir_noise",
 )
 SETTINGS = {
-    # run            epochs batch lr   steps    gamma warmup proxy flow  weight  form
-    # weight noise
-    "cub200":           (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.0075, "exp", 1.0, 0.0),
-    "cars196":          (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.01,   "exp", 1.0, 0.0),
-    "sop":              (300, 90, 1e-5, [140, 230], 0.2, 5, 4000, 1,  0.3,    "exp", 1.0, 0.0),
-    "cub200 baseline":  (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0, 0.0),
-    "cars196 baseline": (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0, 0.0),
-    "sop baseline":     (300, 90, 1e-5, [140, 230], 0.2, 0, 2000, 1,  1.0,    "exp", 1.0, 0.0),
+    #                   epochs  lr    lr_steps      warmup     flow_lr         nir_form   nir_noise
+    #                       batch_size          lr_gamma  proxy_lr  proxy_weight     nir_weight
+    "cub200":           (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.0075, "exp", 1.0,  0.0),
+    "cars196":          (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.01,   "exp", 1.0,  0.0),
+    "sop":              (300, 90, 1e-5, [140, 230], 0.2, 5, 4000, 1,  0.3,    "exp", 1.0,  0.0),
+    "cub200 baseline":  (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
+    "cars196 baseline": (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
+    "sop baseline":     (300, 90, 1e-5, [140, 230], 0.2, 0, 2000, 1,  1.0,    "exp", 1.0,  0.0),
     "scratch":          (15,  90, 1e-3, [10, 13],   0.3, 0, 10,   1,  1.0,    "nll", 0.01, 0.0),
     "toy":              (15,  90, 1e-3, [10, 13],   0.3, 0, 10,   1,  1.0,    "nll", 0.01, 0.1),
 }
 
 
 def preset(args):
-    """The row of SETTINGS for a run, as a dictionary. One's own data set takes CUB's."""
+    """The row of SETTINGS for a run, as a dictionary. A data set of one's own uses CUB's."""
     if args.weights == "none":
         run = "toy" if args.dataset == "toy" else "scratch"
     else:
@@ -443,32 +456,34 @@ def preset(args):
 
 
 def make_parser():
+    # Not imported at the top, so that the losses and the flow can be borrowed without it.
     import common
 
     parser = common.parser(__doc__)
     add = parser.add_argument_group("proxy loss and NIR").add_argument
-    weight = common.not_negative(float)
-    multiple = common.positive(float)
+    not_negative = common.not_negative(float)
+    positive = common.positive(float)
     add("--loss", choices=LOSSES, default="proxyanchor",
         help="The proxy loss. Default: proxyanchor.")
     add("--nir_form", choices=("nll", "exp"),
-        help="The NIR term: nll is the paper's, exp the official code's. Default: by preset.")
-    add("--nir_weight", type=weight,
-        help="Weight of the NIR term; 0 is the baseline without NIR. Default: by preset.")
-    add("--nir_noise", type=weight,
-        help="Deviation of the noise on embeddings before the flow. Default: by preset.")
-    add("--proxy_weight", type=weight,
-        help="Weight of the proxy loss. Default: by preset.")
-    add("--proxy_lr", type=multiple,
-        help="Learning rate of the proxies, as a multiple of --lr. Default: by preset.")
-    add("--flow_lr", type=multiple,
-        help="Learning rate of the flow, as a multiple of --lr. Default: by preset.")
+        help="The NIR term: nll is the paper's, exp the official code's. Default: the preset's.")
+    add("--nir_weight", type=not_negative,
+        help="Weight of the NIR term; 0 is the baseline without NIR. Default: the preset's.")
+    add("--nir_noise", type=not_negative,
+        help="Deviation of the noise on embeddings before the flow. Default: the preset's.")
+    add("--proxy_weight", type=not_negative,
+        help="Weight of the proxy loss. Default: the preset's.")
+    add("--proxy_lr", type=positive,
+        help="Learning rate of the proxies, as a multiple of --lr. Default: the preset's.")
+    add("--flow_lr", type=positive,
+        help="Learning rate of the flow, as a multiple of --lr. Default: the preset's.")
     return parser
 
 
 def main(argv=None):
     import common
 
+    # What no option changes is shown by --help, and kept with the run.
     def fixed(args):
         return common.defaults(LOSSES[args.loss], GlowFlow)
 
@@ -487,8 +502,8 @@ def main(argv=None):
         )
 
     common.check_options(make_criterion)
-    term = f"{args.nir_form}{args.nir_weight:g}" if args.nir_weight else "baseline"
-    common.train(args, make_criterion, f"{args.dataset}-{args.loss}-{term}-seed{args.seed}")
+    nir_name = f"{args.nir_form}{args.nir_weight:g}" if args.nir_weight else "baseline"
+    common.train(args, make_criterion, f"{args.dataset}-{args.loss}-{nir_name}-seed{args.seed}")
 
 
 if __name__ == "__main__":

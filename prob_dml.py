@@ -3,29 +3,34 @@
 The paper is by Kirchhof, Roth, Akata and Kasneci (ECCV 2022).
 
 An image is not a point but a distribution on the unit sphere, a von Mises-Fisher (vMF): the
-direction of its embedding is the mean, the norm is the concentration. A class is a
-distribution too, a non-isotropic vMF (nivMF) that has a concentration for each dimension. An
-image and a class are as similar as their distributions overlap, by the expected likelihood
-kernel (ELK), and a softmax over the classes turns that into a loss.
+direction of its embedding is the mean, the norm is the concentration. A class is a distribution
+too, a non-isotropic vMF (nivMF), with a concentration for each dimension. The similarity of an
+image and a class is the overlap of their distributions, measured by the expected likelihood
+kernel (ELK). A softmax over the classes turns it into a loss.
 
-In reading order: the distributions; the similarities; the loss; then how log C_D is computed
-and how a vMF is sampled; the settings; main.
+In reading order: the distributions; the similarities; the loss; then how the vMF's normaliser
+C_D is computed, and how a vMF is sampled; the settings; main.
 
-    python prob_dml.py --dataset toy --metric elk      built-in characters, minutes on a laptop
-    python prob_dml.py --metric elk                    the paper's settings: CUB200, ResNet50, a GPU
-    ... --form official --proxyanchor_weight 3         as published: their formulas, and ProxyAnchor
-    python prob_dml.py --metric kl --proxy vmf         any cell of the paper's ablation
+    python prob_dml.py --dataset toy --metric elk    built-in characters, minutes on a laptop
+    python prob_dml.py --metric elk                  EL-nivMF: CUB200, ResNet50, a GPU
+    ... --form official --proxyanchor_weight 3       as published: the official formulas, and
+                                                     ProxyAnchor (for CUB, D = 128)
+    python prob_dml.py --metric kl --proxy vmf       any cell of the paper's ablation
 
-    paper      name in the code
-    psi        `embeddings` (B, D) as the network gives them: mu = psi / ||psi||, kappa = ||psi||
-    rho        `proxies` (C, D), whose directions are the classes' `mu`
-    kappa      `kappa`, the concentration of a vMF; the classes' `concentrations` (C, 1)
-    K          `K`, the diagonal of a nivMF's matrix; the classes' `concentrations` (C, D)
-    z          `z` (S, B, D), samples of the images' vMFs
-    T          `temperature`
+    paper         name in the code
+    psi           `embeddings` (B, D), as the network gives them: they are k1 mu1
+    k1, mu1       `image_kappa` (B,), `image_mu` (B, D): an image's concentration, direction
+    rho           `proxies` (C, D), stored with some length; L2's are `lengths` times `mu`
+    k2, mu2       `kappa` (C,), `mu` (C, D): a class's concentration, direction
+    K             `K` (C, D), the diagonal of a nivMF's matrix
+    S, z          `num_samples`, `z` (S, B, D): samples of the images' vMFs
+    T             `temperature`
+    g             `proxyanchor_weight`
+    log C_D, A_D  `log_vmf_normalizer`, `mean_resultant_length`
 
-One step of the training, which `common.train_one_epoch` runs, with the class `Criterion`
-below:
+One step of the training, as `common.train_one_epoch` runs it. `network` is a backbone and one
+linear layer, `criterion` an instance of `Criterion`, `optimizer` one Adam over the network and
+the classes' parameters.
 
     embeddings = network(images)                        # psi (B, D), not normalised
     losses = criterion.losses(embeddings, labels)       # {"elk": scalar}
@@ -36,7 +41,7 @@ below:
 import math
 import os
 
-# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
+# Set before torch is imported: idle OpenMP threads sleep instead of slowing other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -66,49 +71,51 @@ FORMS = ("exact", "official")
 def nivmf_log_prob(z, mu, K, form="exact"):
     """Log density of non-isotropic vMFs at unit vectors z (..., D), for every class: (..., C).
 
-    mu (C, D) are unit vectors, K (C, D) > 0 the diagonals of the matrices. If z' = Kz /
-    ||Kz|| is a vMF with natural parameter K mu, a change of variables on the sphere gives z
-    the density
+    mu (C, D) are unit vectors, K (C, D) > 0 the diagonals of the matrices. If
+
+        z' = Kz / ||Kz||
+
+    follows a vMF with natural parameter K mu, a change of variables on the sphere gives z the
+    density
 
         log p(z) = log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - D log ||Kz||     "exact"
 
-    For K = k I this is the vMF with concentration k. The authors' code computes for EL-nivMF
+    For K = k I this is the vMF with concentration k. For EL-nivMF the official code uses instead
 
         log C_D(||K mu||) + z . K mu + log det K - log ||K mu||                         "official"
 
-    which is isotropic in z and does not integrate to one. Raises ValueError for other shapes
-    or forms.
+    As a function of z this is isotropic, and it does not integrate to one. Raises ValueError for
+    other shapes or forms.
     """
     check_nivmf(z, mu, K)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    check_choice("form", form, FORMS)
     D = mu.shape[1]
     Kmu = K * mu
     norm_Kmu = Kmu.norm(dim=1)                          # (C,)
-    log_C = log_vmf_normalizer(norm_Kmu, D)             # (C,)
-    mean_log_K = K.log().mean(1)                        # log det K / D, (C,)
+    log_C_D = log_vmf_normalizer(norm_Kmu, D)           # (C,)
+    mean_log_K = K.log().mean(1)                        # log det K = D mean_log_K, (C,)
     if form == "official":
-        return z @ Kmu.T + (log_C + D * mean_log_K - norm_Kmu.log())
+        return z @ Kmu.T + (log_C_D + D * mean_log_K - norm_Kmu.log())
     Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
-    # log det K - D log ||Kz||: each term is large where D is, and they nearly cancel.
+    # log det K and D log ||Kz|| grow with D and nearly cancel: subtracted before the factor D.
     log_volume = D * (mean_log_K - norm_Kz.log())       # (..., C)
-    return log_C + Kz_Kmu / norm_Kz + log_volume
+    return log_C_D + Kz_Kmu / norm_Kz + log_volume
 
 
 def official_log_likelihood(z, mu, K):
-    """What the authors' log-likelihood computes in place of `nivmf_log_prob`, of the same shapes.
+    """The official code's formula for the log-likelihood metric; shapes as in `nivmf_log_prob`.
 
         log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - log ||K mu||
 
-    The last term is not the volume that the change of variables asks for, so this is no
-    density.
+    The last two terms are not the volume log det K - D log ||Kz||, so this is no density.
     """
     check_nivmf(z, mu, K)
+    D = mu.shape[1]
     norm_Kmu = (K * mu).norm(dim=1)                     # (C,)
-    log_C = log_vmf_normalizer(norm_Kmu, mu.shape[1])   # (C,)
-    log_det_K = K.log().sum(1)                          # (C,)
+    log_C_D = log_vmf_normalizer(norm_Kmu, D)           # (C,)
+    mean_log_K = K.log().mean(1)                        # (C,)
     Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
-    return Kz_Kmu / norm_Kz + (log_C + log_det_K - norm_Kmu.log())
+    return Kz_Kmu / norm_Kz + (log_C_D + D * mean_log_K - norm_Kmu.log())
 
 
 def nivmf_products(z, mu, K):
@@ -123,10 +130,15 @@ def nivmf_products(z, mu, K):
 
 
 def check_nivmf(z, mu, K):
-    is_class_by_dimension = mu.dim() == 2 and mu.shape == K.shape
-    if not is_class_by_dimension or z.shape[-1] != mu.shape[1]:
+    mu_fits_K = mu.dim() == 2 and mu.shape == K.shape
+    if not mu_fits_K or z.shape[-1] != mu.shape[1]:
         shapes = f"{tuple(z.shape)}, {tuple(mu.shape)} and {tuple(K.shape)}"
         raise ValueError(f"a nivMF takes z (..., D), mu (C, D) and K (C, D), not {shapes}")
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def unit_vectors(x):
@@ -138,25 +150,26 @@ def unit_vectors(x):
 
 
 # ------------------------------------------------------------------------------ the similarities
-# How similar are images and classes? Each function takes embeddings (B, D), un-normalised,
-# and the classes' mean directions mu (C, D), with kappa (C,) for vMFs or K (C, D) for nivMFs,
-# and gives (B, C), larger for more similar. p is an image's distribution, q a class's.
+# How similar are images and classes? Each function takes embeddings (B, D), un-normalised, and the
+# classes' directions mu (C, D), with their kappa (C,) for vMFs or K (C, D) for nivMFs. It gives
+# (B, C), larger for more similar. p is an image's distribution, q a class's.
 #
-# Between two vMFs all of them have a closed form. For nivMFs the mean over p is one over
-# samples of p, which all classes share. There the official form divides each sample's log
-# density by T, inside the log-mean-exp, where the exact form divides the result:
-# `temperature` is that inner T.
+# Between two vMFs all of them have a closed form. For nivMFs the expectation over p is a mean over
+# samples of p, which all classes share. The loss divides a similarity by T. The official form has
+# T inside the mean over samples instead: that is `inner_temperature`, 1 in the exact form.
 
 
-def elk_nivmf(embeddings, mu, K, num_samples, form="exact", temperature=1.0, generator=None):
+def elk_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0,
+              generator=None):
     """EL-nivMF, the paper's method: log of the expected likelihood kernel, int p(z) q(z) dz.
 
         log ELK = log mean_s q(z_s),    z_s ~ p
     """
-    kappa = embeddings.norm(dim=1)                                  # the norm is the concentration
-    z = sample_vmf(unit_vectors(embeddings), kappa, num_samples, generator)     # (S, B, D)
-    log_q = nivmf_log_prob(z, mu, K, form)                          # (S, B, C)
-    return log_mean_exp(log_q / temperature)                        # (B, C)
+    image_kappa = embeddings.norm(dim=1)                # the norm is the concentration, (B,)
+    image_mu = unit_vectors(embeddings)                 # (B, D)
+    z = sample_vmf(image_mu, image_kappa, num_samples, generator)   # (S, B, D)
+    log_q = nivmf_log_prob(z, mu, K, form)              # (S, B, C)
+    return log_mean_exp(log_q / inner_temperature)      # (B, C)
 
 
 def log_mean_exp(x):
@@ -172,19 +185,19 @@ def elk_vmf(embeddings, mu, kappa):
     return vmf_product_kernel(embeddings, mu, kappa, r=1.0)
 
 
-def bhattacharyya_nivmf(embeddings, mu, K, num_samples, form="exact", temperature=1.0,
+def bhattacharyya_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0,
                         generator=None):
     """Log of the Bhattacharyya coefficient, int sqrt(p(z) q(z)) dz.
 
-        log B = log mean_s sqrt(q(z_s) / p(z_s)),    z_s ~ p
+        log BC = log mean_s sqrt(q(z_s) / p(z_s)),    z_s ~ p
     """
-    kappa = embeddings.norm(dim=1)
-    image_mu = unit_vectors(embeddings)
-    z = sample_vmf(image_mu, kappa, num_samples, generator)         # (S, B, D)
-    log_p = vmf_log_prob(z, image_mu, kappa)                        # (S, B)
-    log_q = nivmf_log_prob(z, mu, K, form)                          # (S, B, C)
-    log_root = 0.5 * log_q - 0.5 * log_p.unsqueeze(2)
-    return log_mean_exp(log_root / temperature)
+    image_kappa = embeddings.norm(dim=1)                # (B,)
+    image_mu = unit_vectors(embeddings)                 # (B, D)
+    z = sample_vmf(image_mu, image_kappa, num_samples, generator)   # (S, B, D)
+    log_p = vmf_log_prob(z, image_mu, image_kappa)      # (S, B)
+    log_q = nivmf_log_prob(z, mu, K, form)              # (S, B, C)
+    log_root = 0.5 * (log_q - log_p.unsqueeze(2))
+    return log_mean_exp(log_root / inner_temperature)   # (B, C)
 
 
 def bhattacharyya_vmf(embeddings, mu, kappa):
@@ -197,62 +210,75 @@ def vmf_product_kernel(embeddings, mu, kappa, r):
 
         r log C_D(k1) + r log C_D(k2) - log C_D(r ||k1 mu1 + k2 mu2||)
 
-    It is written with the embedding itself, k1 mu1, so that it is smooth even at 0.
+    The embedding, which is k1 mu1, is used as it is: a zero embedding needs no direction.
     """
     D = embeddings.shape[1]
-    image_kappa = embeddings.norm(dim=1)                            # (B,)
-    dot = embeddings @ (kappa.unsqueeze(1) * mu).T                  # k1 mu1 . k2 mu2, (B, C)
+    image_kappa = embeddings.norm(dim=1)                # (B,)
+    natural = kappa.unsqueeze(1) * mu                   # k2 mu2, (C, D)
+    dot = embeddings @ natural.T                        # (B, D) @ (D, C) -> (B, C)
     squared = image_kappa.square().unsqueeze(1) + kappa.square() + 2 * dot
-    norm_of_sum = squared.clamp_min(1e-30).sqrt()                   # (B, C)
-    image_log_C = log_vmf_normalizer(image_kappa, D)                # (B,)
-    log_C = log_vmf_normalizer(kappa, D)                            # (C,)
-    return r * (image_log_C.unsqueeze(1) + log_C) - log_vmf_normalizer(r * norm_of_sum, D)
+    norm_of_sum = squared.clamp_min(1e-30).sqrt()       # (B, C)
+    image_log_C_D = log_vmf_normalizer(image_kappa, D).unsqueeze(1)     # (B, 1)
+    log_C_D = log_vmf_normalizer(kappa, D)              # (C,)
+    return r * (image_log_C_D + log_C_D) - log_vmf_normalizer(r * norm_of_sum, D)
 
 
-def kl_nivmf(embeddings, mu, K, num_samples, form="exact", temperature=1.0, generator=None):
+def kl_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0,
+             generator=None):
     """The negative Kullback-Leibler divergence from image to class, -KL(p || q).
 
-        -KL = E_p[log q(z)] - E_p[log p(z)],    E_p[log q(z)] = mean_s log q(z_s),    z_s ~ p
+        -KL = E_p[log q(z)] - E_p[log p(z)]
+        E_p[log q(z)] = mean_s log q(z_s),    z_s ~ p
 
-    No T is inside this mean: `temperature` plays no part.
+    `inner_temperature` is not used. It is there because all sampled similarities are called alike.
     """
-    kappa = embeddings.norm(dim=1)
-    z = sample_vmf(unit_vectors(embeddings), kappa, num_samples, generator)     # (S, B, D)
-    log_q = nivmf_log_prob(z, mu, K, form)                          # (S, B, C)
-    entropy, _ = vmf_entropy(embeddings)
-    return log_q.mean(0) + entropy
+    image_kappa = embeddings.norm(dim=1)                # (B,)
+    image_mu = unit_vectors(embeddings)                 # (B, D)
+    z = sample_vmf(image_mu, image_kappa, num_samples, generator)   # (S, B, D)
+    log_q = nivmf_log_prob(z, mu, K, form)              # (S, B, C)
+    entropy, _ = image_entropy(embeddings)              # (B, 1)
+    return log_q.mean(0) + entropy                      # (B, C)
 
 
 def kl_vmf(embeddings, mu, kappa):
-    """-KL(p || q) of two vMFs, where E_p[log q(z)] = log C_D(k2) + A_D(k1) k2 mu1 . mu2."""
-    entropy, A_by_kappa = vmf_entropy(embeddings)                   # (B, 1) each
-    dot = embeddings @ (kappa.unsqueeze(1) * mu).T                  # k1 mu1 . k2 mu2, (B, C)
-    log_C = log_vmf_normalizer(kappa, embeddings.shape[1])          # (C,)
-    return log_C + A_by_kappa * dot + entropy
+    """-KL(p || q) of two vMFs, in closed form.
 
-
-def vmf_entropy(embeddings):
-    """The entropy -E_p[log p(z)] of the images' vMFs, and A_D(kappa) / kappa, both (B, 1).
-
-        -E_p[log p(z)] = -log C_D(kappa) - kappa A_D(kappa)
+        E_p[log q(z)] = log C_D(k2) + A_D(k1) k2 mu1 . mu2
     """
-    kappa = embeddings.double().norm(dim=1, keepdim=True)
-    log_C, A_by_kappa = vmf_normalizer(kappa, embeddings.shape[1])
-    entropy = -log_C - A_by_kappa * kappa.square()
+    entropy, A_by_kappa = image_entropy(embeddings)     # (B, 1)
+    natural = kappa.unsqueeze(1) * mu                   # k2 mu2, (C, D)
+    log_C_D = log_vmf_normalizer(kappa, mu.shape[1])    # (C,)
+    expected_dot = A_by_kappa * (embeddings @ natural.T)    # A_D(k1) / k1 (k1 mu1 . k2 mu2)
+    return log_C_D + expected_dot + entropy
+
+
+def image_entropy(embeddings):
+    """The entropy of the images' vMFs, and A_D(k1) / k1: both (B, 1).
+
+        -E_p[log p(z)] = -log C_D(k1) - k1 A_D(k1)
+
+    In float64, as its two terms nearly cancel.
+    """
+    image_kappa = embeddings.double().norm(dim=1, keepdim=True)
+    log_C_D, A_by_kappa = vmf_normalizer(image_kappa, embeddings.shape[1])
+    entropy = -log_C_D - A_by_kappa * image_kappa.square()
     return entropy.to(embeddings), A_by_kappa.to(embeddings)
 
 
 def loglik_nivmf(embeddings, mu, K, form="exact"):
-    """The classes' log densities at the image's mean direction; its norm plays no part."""
+    """The classes' log densities at the image's mean direction; its norm plays no part.
+
+    The official form is another formula here than in EL-nivMF.
+    """
     log_density = official_log_likelihood if form == "official" else nivmf_log_prob
     return log_density(unit_vectors(embeddings), mu, K)
 
 
 def loglik_vmf(embeddings, mu, kappa):
     """The classes' log densities at the image's mean direction, for vMFs."""
-    natural = kappa.unsqueeze(1) * mu                               # natural parameters, (C, D)
-    log_C = log_vmf_normalizer(kappa, embeddings.shape[1])          # (C,)
-    return log_C + unit_vectors(embeddings) @ natural.T
+    natural = kappa.unsqueeze(1) * mu                   # k2 mu2, (C, D)
+    log_C_D = log_vmf_normalizer(kappa, mu.shape[1])    # (C,)
+    return log_C_D + unit_vectors(embeddings) @ natural.T
 
 
 def cosine(embeddings, mu, kappa=None):
@@ -261,14 +287,16 @@ def cosine(embeddings, mu, kappa=None):
 
 
 def l2(embeddings, mu, length):
-    """-||e - rho||^2 of the embedding as it is and a proxy rho = length mu."""
-    rho = length.unsqueeze(1) * mu
-    dot = embeddings @ rho.T                                        # (B, C)
-    embedding_square = embeddings.square().sum(1, keepdim=True)     # (B, 1)
-    return 2 * dot - embedding_square - rho.square().sum(1)
+    """-||psi - rho||^2, where psi is not normalised and rho = length mu."""
+    rho = length.unsqueeze(1) * mu                      # (C, D)
+    dot = embeddings @ rho.T                            # (B, C)
+    psi_squared = embeddings.square().sum(1, keepdim=True)  # (B, 1)
+    return 2 * dot - psi_squared - rho.square().sum(1)
 
 
-SIMILARITIES = {  # the cells of the paper's ablation: metric -> kind of proxy -> function
+# The cells of the paper's ablation: metric -> kind of proxy -> function. Cosine and L2 have no
+# concentration; they are listed under vmf.
+SIMILARITIES = {
     "elk": {"nivmf": elk_nivmf, "vmf": elk_vmf},
     "bhattacharyya": {"nivmf": bhattacharyya_nivmf, "vmf": bhattacharyya_vmf},
     "kl": {"nivmf": kl_nivmf, "vmf": kl_vmf},
@@ -285,22 +313,23 @@ MIN_TEMPERATURE = 1e-3
 
 
 class ProbabilisticProxies(nn.Module):
-    """A distribution for each class, and the loss of embeddings against them, ProxyNCA++'s form.
+    """One distribution for each class, and the softmax loss over them, as in ProxyNCA++.
 
         L = mean_i -log softmax_c(similarity_ic / T)_y
 
-    metric: a key of SIMILARITIES. proxy: "nivmf" or "vmf", which alone goes with cosine and
-    l2. form: of nivMF proxies, "exact" or "official", see `nivmf_log_prob`. samples: S for
-    each image, where there is no closed form. temperature: the first value of T, which is
-    learned.
+    metric: a key of SIMILARITIES.
+    proxy: "nivmf" or "vmf"; cosine and l2 take "vmf" alone.
+    form: "exact" or "official", for nivMF proxies; see `nivmf_log_prob`.
+    samples: S, the samples of each image, used where there is no closed form.
+    temperature: the first value of T, which is learned.
+    concentration_init: the first value of `concentrations`, (C, D) for nivMFs, (C, 1) for vMFs.
 
-    `proxies` (C, D) give directions alone. They are stored with the length
-    `concentration_init`: Adam moves each coordinate by about its rate, so that the length
-    decides how far a step turns a proxy. `concentrations`, (C, D) for nivMFs and (C, 1) for
-    vMFs, start at concentration_init.
+    Of `proxies` (C, D) the directions alone count. They are stored with the length
+    concentration_init: Adam moves each coordinate by about the learning rate, so the stored length
+    decides how far a step turns a proxy.
 
-    l2 has `lengths` (C, 1) in place of concentrations. concentration_init is there the gain
-    of a Xavier normal, whose vectors have the length gain sqrt(2 D / (C + D)).
+    Cosine has no concentrations. L2 has `lengths` (C, 1) instead, which start at concentration_init
+    sqrt(2 D / (C + D)), the length of a Xavier normal with that gain.
 
     Raises ValueError for values that are out of range or do not go together.
     """
@@ -323,7 +352,8 @@ class ProbabilisticProxies(nn.Module):
         check_at_least("temperature", temperature, MIN_TEMPERATURE)
         check_at_least("concentration_init", concentration_init, MIN_CONCENTRATION)
 
-        self.metric, self.proxy, self.form, self.samples = metric, proxy, form, samples
+        self.metric, self.proxy = metric, proxy
+        self.form, self.samples = form, samples
         self.stored_length = float(concentration_init)
         directions = F.normalize(torch.randn(num_classes, dim))
         self.proxies = nn.Parameter(self.stored_length * directions)
@@ -334,7 +364,7 @@ class ProbabilisticProxies(nn.Module):
             self.lengths = nn.Parameter(torch.full((num_classes, 1), length))
         elif metric != "cosine":
             shape = (num_classes, dim if proxy == "nivmf" else 1)
-            self.concentrations = nn.Parameter(torch.full(shape, self.stored_length))
+            self.concentrations = nn.Parameter(torch.full(shape, float(concentration_init)))
 
     def forward(self, embeddings, labels, generator=None):
         """Loss of embeddings (B, D) with labels (B,) in 0 .. C-1, mean over the batch: a scalar."""
@@ -344,7 +374,7 @@ class ProbabilisticProxies(nn.Module):
         return F.cross_entropy(self.logits(embeddings, generator), labels)
 
     def logits(self, embeddings, generator=None):
-        """similarity / T, (B, C). The official kernels have T inside instead, for each sample."""
+        """similarity / T, (B, C). In the official form, elk and bhattacharyya have T inside."""
         if self.form == "official" and self.metric in ("elk", "bhattacharyya"):
             return self.similarity(embeddings, generator, inner_temperature=self.temperature)
         return self.similarity(embeddings, generator) / self.temperature
@@ -366,13 +396,14 @@ class ProbabilisticProxies(nn.Module):
             return similarity(embeddings, mu, self.concentrations.squeeze(1))
         if self.metric == "loglik":
             return similarity(embeddings, mu, self.concentrations, self.form)
-        return similarity(embeddings, mu, self.concentrations, self.samples, self.form,
-                          inner_temperature, generator)
+        return similarity(embeddings, mu, self.concentrations, num_samples=self.samples,
+                          form=self.form, inner_temperature=inner_temperature,
+                          generator=generator)
 
     def keep_above_floors(self):
-        """Move back to its floor what an update took below it.
+        """Clamp, in place, the parameters that the last update took below their floor.
 
-        A clamp inside the graph would hold it there for good: below the floor is no gradient.
+        A clamp inside the graph would give them no gradient there, and they would never return.
         """
         self.temperature.data.clamp_(min=MIN_TEMPERATURE)
         for parameter in (self.concentrations, self.lengths):
@@ -381,10 +412,10 @@ class ProbabilisticProxies(nn.Module):
 
     @torch.no_grad()
     def warm_start(self, embeddings, labels):
-        """Turn each proxy to the mean embedding of its class; one without any stays as it is.
+        """Turn each proxy to the mean of its class's embeddings (N, D), with labels (N,).
 
-        embeddings (N, D), un-normalised, labels (N,). Raises ValueError for other shapes or
-        labels.
+        The embeddings are not normalised. The proxy of a class without any stays as it is. Raises
+        ValueError for other shapes or labels.
         """
         C, D = self.proxies.shape
         if labels.shape != embeddings.shape[:1] or embeddings.shape[1:] != (D,):
@@ -400,11 +431,10 @@ class ProbabilisticProxies(nn.Module):
 
     @torch.no_grad()
     def statistics(self, embeddings):
-        """What the method is about, for the log, as {name: float}.
+        """Numbers for the log, {name: float}: norms, T, concentrations (or L2's lengths).
 
-        Mean and deviation of the embeddings' norms; T; the mean concentration (l2: length);
-        the anisotropy, which is a class's deviation of concentrations over their mean, on
-        average.
+        The anisotropy is the standard deviation of a class's concentrations divided by their mean,
+        averaged over the classes.
         """
         norm = embeddings.norm(dim=1)
         values = {
@@ -423,22 +453,18 @@ class ProbabilisticProxies(nn.Module):
         return {name: float(value) for name, value in values.items()}
 
 
-def check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
 def check_at_least(name, value, least):
     if not least <= value < math.inf:
         raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
 class Criterion(nn.Module):
-    """The loss of a run: that of the probabilistic proxies, and ProxyAnchor's on the same proxies.
+    """The loss of a run: that of the classes' distributions, plus ProxyAnchor on their directions.
 
-        L = L_proxies + proxyanchor_weight * L_ProxyAnchor                     "PANC + EL-nivMF"
+        L = L_proxies + g L_ProxyAnchor             in the paper: PANC + EL-nivMF
 
-    The three rates are multiples of the network's learning rate, see `param_groups`.
+    `proxies` is a ProbabilisticProxies. The three rates are multiples of the network's learning
+    rate, see `param_groups`.
     """
 
     def __init__(self, proxies, proxyanchor_weight=0.0, proxy_lr=1.0, concentration_lr=1.0,
@@ -451,36 +477,40 @@ class Criterion(nn.Module):
             "lengths": concentration_lr,
             "temperature": temperature_lr,
         }
+        # One parameter for both losses: ProxyAnchor's own proxies are replaced.
         self.proxyanchor = nir.ProxyAnchor(*proxies.proxies.shape)
         self.proxyanchor.proxies = proxies.proxies
 
     def losses(self, embeddings, labels):
         """The weighted losses, {name: scalar}, whose sum is trained."""
-        losses = {self.proxies.metric: self.proxies(embeddings, labels)}
+        weighted = {self.proxies.metric: self.proxies(embeddings, labels)}
         if self.proxyanchor_weight:
             proxyanchor = self.proxyanchor(embeddings, labels)
-            losses["proxyanchor"] = self.proxyanchor_weight * proxyanchor
-        return losses
+            weighted["proxyanchor"] = self.proxyanchor_weight * proxyanchor
+        return weighted
 
     def param_groups(self, lr):
-        """Parameter groups for Adam: each parameter learns at its own multiple of `lr`."""
+        """Groups for Adam: each parameter learns at its multiple of `lr`, without weight decay."""
         groups = []
         for name, parameter in self.proxies.named_parameters():
             groups.append({"params": [parameter], "lr": self.multiples[name] * lr})
         return groups
 
     def diagnostics(self, embeddings, labels):
+        """For the log: see `ProbabilisticProxies.statistics`."""
         return self.proxies.statistics(embeddings)
 
     def start_epoch(self, epoch, network, train_split, args, device):
-        """The warm start, before the first epoch: useful norms, and proxies at the class means.
+        """The warm start, before the first epoch alone.
 
-        An embedding's norm is a concentration, so the embedding layer's weight is scaled
-        first. The authors leave the proxies of log-likelihood, L2 and cosine at random. From
-        scratch, where they have no settings, all proxies start at the means.
+        First the embedding layer's weight is scaled, because an embedding's norm is its
+        concentration. Then the proxies turn to their classes' mean embeddings. The official code
+        leaves the proxies of log-likelihood, L2 and cosine at random. With --weights none, for
+        which it has no settings, all proxies are turned.
         """
         if epoch > 0:
             return
+        # Not imported at the top, so that the losses can be borrowed without it.
         import common
 
         with torch.no_grad():
@@ -491,20 +521,20 @@ class Criterion(nn.Module):
 
 
 # ------------------------------------------------------------------------ how log C_D is computed
-# The factor that makes a vMF integrate to one is, with the modified Bessel function I of
-# order v = D/2 - 1,
+# The factor that makes a vMF integrate to one is, with the modified Bessel function I of order
+# v = D/2 - 1,
 #
 #     C_D(kappa) = kappa^v / ((2 pi)^(D/2) I_v(kappa))
 #
 # Its logarithm has the derivative -A_D(kappa), where A_D = I_(v+1) / I_v is the length of the
-# vMF's mean vector. Neither can be computed as written. I_v overflows for large kappa and
+# vMF's mean vector. Neither can be computed as written: I_v overflows for large kappa and
 # underflows for large D, and in float32 v log kappa - log I_v is a small difference of large
 # numbers.
 #
-# Hence the scaled function F_v(x) = x^-v I_v(x), which stays finite at x = 0. For a large
-# order an expansion by Debye is exact to ten digits and is made of logarithms alone. A low
-# order is reached from a high one by a recurrence. All is in float64, and autograd is told
-# the derivatives instead of differentiating these formulas, which would lose digits.
+# Hence the scaled function F_v(x) = x^-v I_v(x), which stays finite at x = 0. For a large order,
+# an expansion by Debye gives its logarithm to about ten digits. A low order is reached from a
+# high one by a recurrence. All is in float64. Autograd is told the derivatives: differentiating
+# these formulas would lose digits.
 
 
 def log_vmf_normalizer(kappa, dim):
@@ -515,13 +545,13 @@ def log_vmf_normalizer(kappa, dim):
     kappa: any shape, >= 0. The derivative is -A_D(kappa). Raises ValueError for a dim below
     2.
     """
-    log_C, _ = vmf_normalizer(kappa, dim)
-    return log_C.to(kappa.dtype)
+    log_C_D, _ = vmf_normalizer(kappa, dim)
+    return log_C_D.to(kappa.dtype)
 
 
 def mean_resultant_length(kappa, dim):
     """A_D(kappa) = I_(D/2)(kappa) / I_(D/2-1)(kappa), in [0, 1): a vMF's mean is A_D(kappa) mu."""
-    # Once to float64: the two parts of A_D' nearly cancel, and must meet in that precision.
+    # Cast here, once: autograd adds the two parts of A_D', which nearly cancel, in float64.
     kappa64 = kappa.double()
     _, A_by_kappa = vmf_normalizer(kappa64, dim)
     return (kappa64 * A_by_kappa).to(kappa.dtype)
@@ -544,25 +574,25 @@ class VMFNormalizer(torch.autograd.Function):
         d log C_D / d kappa = -A_D = -kappa s_D
         d s_D     / d kappa = -kappa s_D (s_D - s_(D+2))
 
-    These lose no digits, not even at kappa = 0, where the usual A_D' = 1 - A_D^2 - (D-1) A_D
-    / kappa divides by zero. The backward pass is differentiable itself.
+    There is no division by kappa, unlike in the usual A_D' = 1 - A_D^2 - (D-1) A_D / kappa. The
+    backward pass is differentiable itself, so second derivatives work.
     """
 
     @staticmethod
     def forward(ctx, kappa, dim):
         log_F, s = scaled_bessel(kappa, dim)
         ctx.dim = dim
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)                # an unused output has the gradient None
         ctx.save_for_backward(kappa, s)
-        log_C = -0.5 * dim * math.log(2 * math.pi) - log_F
-        return log_C, s
+        log_C_D = -0.5 * dim * math.log(2 * math.pi) - log_F
+        return log_C_D, s
 
     @staticmethod
-    def backward(ctx, grad_log_C, grad_s):
+    def backward(ctx, grad_log_C_D, grad_s):
         kappa, s = ctx.saved_tensors
         grad = torch.zeros_like(kappa)
-        if grad_log_C is not None:
-            grad = grad - grad_log_C * kappa * s
+        if grad_log_C_D is not None:
+            grad = grad - grad_log_C_D * kappa * s
         if grad_s is not None:
             _, s_next = VMFNormalizer.apply(kappa, ctx.dim + 2)
             grad = grad - grad_s * kappa * s * (s - s_next)
@@ -578,25 +608,26 @@ DEBYE = [
     [4465125 / 39813120, -94121676 / 39813120, 349922430 / 39813120, -446185740 / 39813120,
      185910725 / 39813120],
 ]
-DEBYE_ORDER = 40    # from this order on the expansion is good to nearly 1e-10
+DEBYE_ORDER = 40    # from this order on the expansion is good to about 1e-10
 
 
 def scaled_bessel(kappa, dim):
     """log F_v(kappa) and F_(v+1)(kappa) / F_v(kappa), where F_v(x) = x^-v I_v(x), v = dim/2 - 1.
 
-    kappa: float64, any shape, >= 0. The ratio is A_D(kappa) / kappa. Debye's uniform
-    expansion for a large order m, with h = sqrt(m^2 + x^2), p = m/h and u_0 = 1, reads
+    kappa, which is the x of these formulas: float64, any shape, >= 0. The ratio is A_D(kappa) /
+    kappa. Debye's uniform expansion for a large order m, with h = sqrt(m^2 + x^2), p = m/h and
+    u_0 = 1, reads
 
         F_m(x) = exp(h) (m + h)^-m (2 pi h)^(-1/2) U,         U = sum_n u_n(p) / m^n
         F_(m+1)(x) / F_m(x) = 1/(m + h) - W / (U h^2),        W = sum_n (u_n(p)/2 + p u_n'(p)) / m^n
 
-    The second line is the expansion of I_m'/I_m, with the terms that cancel taken out by
-    hand. The ratios of neighbours s_j = F_j / F_(j-1) lead from the high order m down to the
-    low order v,
+    The second line is d log F_m / dx / x, since F_m' = x F_(m+1). The ratios of neighbours,
+    s_j = F_j / F_(j-1), lead from the high order m down to the low order v:
 
         s_j = 1 / (2j + x^2 s_(j+1)),         log F_(j-1) = log F_j - log s_j
 
-    All terms are positive and errors are damped, so both results keep nearly full precision.
+    All terms are positive and errors of s are damped, so both results are as good as the
+    expansion.
     """
     v = dim / 2 - 1
     steps = max(0, math.ceil(DEBYE_ORDER - v))
@@ -619,7 +650,7 @@ def debye_sums(p, m):
     As polynomials U = 1 + sum_j a_j p^j and, since p^j / 2 + p (p^j)' = (j + 1/2) p^j,
     W = 1/2 + sum_j (j + 1/2) a_j p^j.
     """
-    a = [0.0] * 13
+    a = [0.0] * 13                                      # for p^0 .. p^12, the highest in u_4
     for n, coefficients in enumerate(DEBYE, start=1):
         for i, coefficient in enumerate(coefficients):
             a[n + 2 * i] += coefficient / m ** n
@@ -632,15 +663,14 @@ def debye_sums(p, m):
 
 
 # ------------------------------------------------------------------------- how a vMF is sampled
-# A sample is z = cos(theta) mu + sin(theta) v. Its angle theta to the mean direction is a
-# random number, drawn by a rejection step that is exact for every D and kappa. v is uniform
-# among the unit vectors orthogonal to mu.
+# A sample is z = cos(theta) mu + sin(theta) v, with v uniform among the unit vectors orthogonal to
+# mu. The angle theta is drawn by a rejection step that is exact for every D and kappa.
 #
-# The training needs to know how a sample moves with mu and kappa. If mu turns, z turns with
-# it. If kappa grows, theta shrinks so as to keep its quantile. Both derivatives are given to
-# autograd, so the rejection step drops no term of the gradient. (It does where the accepted
-# proposal is differentiated, as in Davidson et al., Hyperspherical Variational Auto-Encoders,
-# 2018: there kappa also decides which proposal is accepted.)
+# The training needs to know how a sample moves with mu and kappa. If mu turns, z turns with it. If
+# kappa grows, theta shrinks so as to keep its quantile. Both derivatives are given to autograd, so
+# no term of the gradient is lost to the rejection step. It is lost where the accepted proposal is
+# differentiated instead, because kappa also decides which proposal is accepted (Davidson et al.,
+# Hyperspherical Variational Auto-Encoders, 2018).
 
 
 def sample_vmf(mu, kappa, num_samples, generator=None):
@@ -658,15 +688,15 @@ def sample_vmf(mu, kappa, num_samples, generator=None):
 
 
 class VMFSample(torch.autograd.Function):
-    """Samples z (S, B, D), and how they move with mu and kappa while they still follow the vMF.
+    """Samples z (S, B, D) with their derivatives by mu and kappa.
 
-    With dmu . mu = 0 and the log density psi of the angle,
+    With dmu . mu = 0 and the log density l of the angle,
 
         dz = (z . mu) dmu - (z . dmu) mu                        z turns in the plane of mu and dmu
            + (cos(theta) z - mu) / sin(theta) dtheta            and along the circle through mu
 
-        dtheta / dkappa = -int_0^theta (cos t - A_D) exp(psi(t) - psi(theta)) dt
-        psi(t) = kappa cos t + (D-2) log sin t + const
+        dtheta / dkappa = -int_0^theta (cos t - A_D) exp(l(t) - l(theta)) dt
+        l(t) = kappa cos t + (D-2) log sin t + const
 
     (Figurnov, Mohamed, Mnih: Implicit Reparameterization Gradients, NeurIPS 2018.)
     """
@@ -680,7 +710,8 @@ class VMFSample(torch.autograd.Function):
         shape = (num_samples, *mu.shape)
         z = torch.randn(shape, dtype=mu.dtype, device=mu.device, generator=generator)
 
-        # First around the axis -sign e_1: the other coordinates are v, of length sin(theta).
+        # First a sample around the axis -sign e_1: its first coordinate is cos(theta) along that
+        # axis, the others are sin(theta) v.
         sign = torch.where(mu[:, 0] < 0, -1.0, 1.0).to(z)                           # (B,)
         scale = theta.sin() / z[..., 1:].norm(dim=-1)
         z[..., 1:] *= scale.to(z).unsqueeze(-1)
@@ -704,8 +735,8 @@ class VMFSample(torch.autograd.Function):
         along_mu = (grad * mu).sum(-1)
         grad_mu = cos.to(grad).unsqueeze(-1) * grad                                 # (S, B, D)
         grad_mu = grad_mu - along_mu.unsqueeze(-1) * z
-        dtheta = angle_derivative(theta, kappa.double(), mu.shape[1])               # (S, B)
-        grad_kappa = (cos * along_z - along_mu) / theta.sin() * dtheta
+        dtheta_dkappa = angle_derivative(theta, kappa.double(), mu.shape[1])        # (S, B)
+        grad_kappa = (cos * along_z - along_mu) / theta.sin() * dtheta_dkappa
         return grad_mu.sum(0), grad_kappa.sum(0).to(kappa), None, None
 
 
@@ -715,60 +746,65 @@ GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(16)    # nodes and weights on [
 def angle_derivative(theta, kappa, D):
     """dtheta / dkappa of `VMFSample`, for angles theta (S, B) and kappa (B,), both float64.
 
-    The integral from 0 to pi vanishes, so minus the integral from theta to pi will do as
-    well. On the side of theta taken here the integrand has one sign, and nothing cancels. It
-    is computed by Gauss-Legendre over ten standard deviations, or up to the pole; at the mode
-    of the angle, psi'' = -sqrt((D-2)^2 + 4 kappa^2). 16 nodes give it to about 1e-8.
+    The integral from 0 to pi vanishes, so the one from 0 to theta is minus the one from theta to
+    pi. Taken is the side of theta on which cos t - A_D has one sign, so that nothing cancels:
+
+        dtheta / dkappa = -int |cos t - A_D| exp(l(t) - l(theta)) dt
+
+    from theta to pi where cos(theta) < A_D, else from 0 to theta. It is computed by Gauss-Legendre
+    over ten standard deviations, or up to the pole; 16 nodes give it to about 1e-8. A deviation is
+    (-l'')^(-1/2) at the mode of the angle, where l'' = -sqrt((D-2)^2 + 4 kappa^2).
     """
-    cos = theta.cos()
-    mean_cosine = mean_resultant_length(kappa, D)                       # A_D, (B,)
-    outward = cos < mean_cosine
+    cos_theta = theta.cos()
+    A_D = mean_resultant_length(kappa, D)                               # (B,)
+    outward = cos_theta < A_D                                           # (S, B)
     to_pole = torch.where(outward, math.pi - theta, theta)
     deviation = ((D - 2) ** 2 + 4 * kappa ** 2) ** -0.25
-    span = to_pole.minimum(10 * deviation)                              # (S, B)
+    span = to_pole.minimum(10 * deviation)
     signed_span = torch.where(outward, span, -span)
 
     nodes, weights = (torch.from_numpy(array).to(theta) for array in GAUSS_LEGENDRE)
     step = signed_span.unsqueeze(-1) * (nodes + 1) / 2
-    t = theta.unsqueeze(-1) + step                                                  # (S, B, 16)
+    t = theta.unsqueeze(-1) + step                                      # (S, B, 16)
     cos_t = t.cos()
-    log_sine = (t.sin() / theta.sin().unsqueeze(-1)).log()
-    cos_rise = cos_t - cos.unsqueeze(-1)
-    psi = kappa.unsqueeze(-1) * cos_rise + (D - 2) * log_sine           # psi(t) - psi(theta)
-    integrand = (cos_t - mean_cosine.unsqueeze(-1)).abs() * psi.exp()
+    cos_difference = cos_t - cos_theta.unsqueeze(-1)
+    log_sine_ratio = (t.sin() / theta.sin().unsqueeze(-1)).log()
+    l_difference = kappa.unsqueeze(-1) * cos_difference + (D - 2) * log_sine_ratio
+    integrand = (cos_t - A_D.unsqueeze(-1)).abs() * l_difference.exp()
     return -(integrand @ (weights / 2)) * span
 
 
 def sample_angle(kappa, D, generator):
     """Angles theta between samples and mean direction, one for each kappa, of any shape.
 
-    This is the rejection step of Wood (Simulation of the von Mises Fisher distribution, 1994)
-    in t = tan(theta/2)^2, where no difference of near-equal numbers is left. He proposes
+    This is the rejection step of Wood (Simulation of the von Mises Fisher distribution, 1994),
+    written in t = tan(theta/2)^2, where no difference of near-equal numbers is left. He proposes
 
-        t = b y,    y = e / (1 - e),    e ~ Beta((D-1)/2, (D-1)/2)
+        t = b y,    y = beta / (1 - beta),    beta ~ Beta((D-1)/2, (D-1)/2)
 
     With w = cos(theta) = (1-t) / (1+t) and x0 = (1-b) / (1+b) it is accepted if
 
         log u <= kappa (w - x0) + (D-1) log((1 - x0 w) / (1 - x0^2)),       u uniform in [0, 1)
 
-    which at least 65 % of the proposals are, whatever D and kappa.
+    At least 65 % of the proposals are accepted, for every D and kappa.
     """
-    k = kappa.reshape(-1)
-    theta = torch.full_like(k, math.nan)
-    pending = torch.arange(len(k), device=k.device)
-    # Eight proposals at once for each pending sample: one or two rounds, and never a hundred.
+    kappa_flat = kappa.reshape(-1)
+    theta = torch.full_like(kappa_flat, math.nan)
+    pending = torch.arange(len(kappa_flat), device=kappa.device)
+    # Eight proposals at once for each pending sample. One or two rounds are enough; if a hundred
+    # are not, a kappa is not finite.
     for _ in range(100):
-        k_pending = k[pending]
-        root = (4 * k_pending ** 2 + (D - 1) ** 2).sqrt()
-        b = (D - 1) / (2 * k_pending + root)
+        k = kappa_flat[pending]
+        root = (4 * k ** 2 + (D - 1) ** 2).sqrt()
+        b = (D - 1) / (2 * k + root)
         shape = (3, 8, len(pending))
-        u = torch.rand(shape, dtype=k.dtype, device=k.device, generator=generator)
-        y = beta_ratio(u[0], u[1], D)                                               # (8, pending)
+        u0, u1, u = torch.rand(shape, dtype=k.dtype, device=k.device, generator=generator)
+        y = beta_ratio(u0, u1, D)                                       # (8, pending)
         t = b * y
         w_minus_x0 = 2 * (b - t) / ((1 + t) * (1 + b))
         ratio = (1 + y) * (1 + b) / (2 * (1 + t))               # (1 - x0 w) / (1 - x0^2)
-        log_accept = k_pending * w_minus_x0 + (D - 1) * ratio.log()
-        accepted = u[2].log() <= log_accept
+        log_accept = k * w_minus_x0 + (D - 1) * ratio.log()
+        accepted = u.log() <= log_accept
         done = accepted.any(0)
         first = accepted.byte().argmax(0, keepdim=True)
         t_first = t.gather(0, first)[0]                                             # (pending,)
@@ -781,61 +817,66 @@ def sample_angle(kappa, D, generator):
 
 
 def beta_ratio(u0, u1, D):
-    """y = e / (1 - e) with e ~ Beta((D-1)/2, (D-1)/2), from two uniform numbers.
+    """y = beta / (1 - beta) with beta ~ Beta((D-1)/2, (D-1)/2), from two uniform numbers.
 
-    y = exp(2 asinh x), where sqrt(D-1) x follows Student's t with D-1 degrees of freedom
-    (Bailey, Polar Generation of Random Variates with the t-Distribution, 1994).
+    y = exp(2 asinh x), where sqrt(D-1) x follows Student's t with D-1 degrees of freedom (Bailey,
+    Polar Generation of Random Variates with the t-Distribution, 1994).
     """
-    log_u = (-u0).log1p()                               # of 1 - u0, which is never 0
+    log_u = (-u0).log1p()                               # log(1 - u0): 1 - u0 is never 0
     radius = (-2 / (D - 1) * log_u).expm1().sqrt()
     x = radius * (2 * math.pi * u1).cos()
     return (2 * x.asinh()).exp()
 
 
 # ---------------------------------------------------------------------------------- the settings
-# What a run uses where the command line says nothing: one row.
+# The defaults of options that are not given. A run takes one row:
 #
-# EL-nivMF with a pretrained network takes a row of OFFICIAL, by data set and D; what is not
-# listed takes CUB's, and up to D = 128 the row of 128, else of 512. The other cells take the
-# row of the authors' ablation (CUB, D = 512). A network that starts from nothing (--weights
-# none) takes a row of SCRATCH, chosen on validation classes, see RESULTS.md.
+# OFFICIAL, by data set and D, for EL-nivMF with a pretrained network. Other data sets use CUB's
+# row; up to D = 128 it is that of 128, else of 512. The published results have --form official
+# and --proxyanchor_weight 3, 5, 0.3 and 0.1, in this order.
 #
-# The three rates are multiples of lr. Adam moves a number by about its rate: T, from 0.003,
-# by 0.002 a step in the papers' runs; a proxy of length 18 in 512 dimensions turns by 3.6
-# degrees. The last but one column scales the first weights of the embedding layer.
+# ABLATION, by metric and proxy, for all other cells: the official settings for CUB, D = 512.
+#
+# SCRATCH, by metric and proxy, for a network that starts from nothing (--weights none). Its rows
+# were found on validation classes: RESULTS.md.
+#
+# The three learning rates are multiples of lr. Adam moves a number by about its rate: in the
+# official runs T starts at 0.003 and moves by 0.002 a step, and a proxy of length 18 in 512
+# dimensions turns by 3.6 degrees. After each of the epochs in lr_steps, all rates are multiplied
+# by lr_gamma. norm_multiplier scales the embedding layer's first weights.
 
 COLUMNS = (
     "epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
     "proxy_lr", "concentration_lr", "temperature_lr",
     "temperature", "concentration_init", "norm_multiplier", "samples",
 )
+#                  epochs   lr    lr_steps       warmup   concentration_lr  concentration_init
+#                       batch_size        lr_gamma  proxy_lr   temperature_lr      samples
+#                                                                   temperature norm_multiplier
 OFFICIAL = {
-    #            epochs batch lr   steps      gamma warmup  rates: proxy, K, T   T   init norm S
-    "cub200/128":  (250, 64, 1e-5, [25, 50],   0.3, 0, 5000, 20000, 200, 0.003,  6, 30, 5),
-    "cub200/512":  (250, 64, 1e-5, [31],       0.1, 0, 5000, 20000, 200, 0.003, 18, 50, 5),
-    "cars196/128": (300, 64, 1e-5, [60, 80],   0.1, 0, 7500,  7500, 200, 0.003,  9, 12, 5),
-    "cars196/512": (300, 64, 1e-5, [105, 170], 0.2, 0, 5000, 20000, 200, 0.003, 22, 10, 5),
+    "cub200/128":     (250, 64, 1e-5, [25, 50],   0.3, 0, 5000, 20000, 200, 0.003,  6, 30, 5),
+    "cub200/512":     (250, 64, 1e-5, [31],       0.1, 0, 5000, 20000, 200, 0.003, 18, 50, 5),
+    "cars196/128":    (300, 64, 1e-5, [60, 80],   0.1, 0, 7500,  7500, 200, 0.003,  9, 12, 5),
+    "cars196/512":    (300, 64, 1e-5, [105, 170], 0.2, 0, 5000, 20000, 200, 0.003, 22, 10, 5),
 }
-ABLATION = {  # its elk/nivmf is for reference: no command line chooses it by itself
-    #           epochs batch lr  steps gamma warmup  rates: proxy, K, T   T      init norm S
-    "elk/nivmf":     (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      50, 150, 10),
-    "elk/vmf":       (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      10, 150, 10),
-    "bhattacharyya": (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      10, 150, 10),
-    "kl":            (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,      10, 150, 10),
-    "loglik":        (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1 / 32,   10,   1, 10),
-    "cosine":        (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1 / 256,  10,   1, 10),
-    "l2":            (50, 106, 1e-5, [], 0.1, 0, 5000, 50000, 500, 1.0,     200,   1, 10),
+ABLATION = {  # elk/nivmf is not chosen by `preset`: its values have to be given as options
+    "elk/nivmf":      (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    50, 150, 10),
+    "elk/vmf":        (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    10, 150, 10),
+    "bhattacharyya":  (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    10, 150, 10),
+    "kl":             (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    10, 150, 10),
+    "loglik":         (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1 / 32, 10,   1, 10),
+    "cosine":         (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1 / 256, 10,  1, 10),
+    "l2":             (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,   200,   1, 10),
 }
 SCRATCH = {
-    #              epochs batch lr  steps   gamma warmup  rates: p, K, T   T  init norm S
-    "elk":           (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 40, 200),
-    "bhattacharyya": (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 40, 200),
-    "kl/nivmf":      (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 10, 200),
-    "kl/vmf":        (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1,    0.1,   10, 40, 200),
-    "loglik/nivmf":  (15, 90, 1e-3, [10, 13], 0.3, 0, 300, 600, 3,    0.3,   30, 10, 200),
-    "loglik/vmf":    (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 10,   1.0,   10, 10, 200),
-    "cosine":        (15, 90, 1e-3, [10, 13], 0.3, 0, 100, 200, 1.25, 1 / 8, 10, 10, 200),
-    "l2":            (15, 90, 1e-3, [10, 13], 0.3, 0, 10,  10,  20,   5.0,   15,  3, 200),
+    "elk":            (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 40, 200),
+    "bhattacharyya":  (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 40, 200),
+    "kl/nivmf":       (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 10, 200),
+    "kl/vmf":         (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 40, 200),
+    "loglik/nivmf":   (15, 90, 1e-3, [10, 13],    0.3, 0, 300, 600, 3,    0.3,     30, 10, 200),
+    "loglik/vmf":     (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 10,   1.0,     10, 10, 200),
+    "cosine":         (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1.25, 1 / 8,   10, 10, 200),
+    "l2":             (15, 90, 1e-3, [10, 13],    0.3, 0, 10,  10,  20,   5.0,     15,  3, 200),
 }
 
 
@@ -856,6 +897,7 @@ def preset(args):
 
 
 def make_parser():
+    # Not imported at the top, so that the losses can be borrowed without it.
     import common
 
     parser = common.parser(__doc__)
@@ -867,29 +909,33 @@ def make_parser():
         help="The classes' distributions. Default: nivmf; for cosine and l2, which know no "
              "concentration, vmf.")
     add("--form", choices=FORMS,
-        help="Formulas of nivMF proxies: the density, or the official code's. Default: exact.")
+        help="Formulas of nivMF proxies: exact is the density. official is what the authors' code "
+             "has in EL-nivMF and in the log-likelihood; bhattacharyya and kl take EL-nivMF's. "
+             "Default: exact.")
     add("--proxyanchor_weight", type=common.not_negative(float), default=0.0,
-        help="Weight g of ProxyAnchor, which is added to the loss. Default: 0. The official runs "
-             "have 3 and 5 on CUB for D = 128 and 512, 0.3 and 0.1 on Cars.")
+        help="Weight g of ProxyAnchor, which is added to the loss. The published runs have 3 and 5 "
+             "on CUB for D = 128 and 512, 0.3 and 0.1 on Cars. Default: 0.")
     add("--proxy_lr", type=number,
-        help="Learning rate of the proxies, as a multiple of --lr. Default: by preset.")
+        help="Learning rate of the proxies, as a multiple of --lr. Default: the preset's.")
     add("--concentration_lr", type=number,
-        help="Learning rate of their concentrations, as a multiple of --lr. Default: by preset.")
+        help="Learning rate of their concentrations, as a multiple of --lr. Default: the preset's.")
     add("--temperature_lr", type=number,
-        help="Learning rate of T, as a multiple of --lr. Default: by preset.")
-    add("--temperature", type=number, help="First value of T. Default: by preset.")
+        help="Learning rate of T, as a multiple of --lr. Default: the preset's.")
+    add("--temperature", type=number, help="First value of T. Default: the preset's.")
     add("--concentration_init", type=number,
-        help="First concentrations, and length of the stored proxies. Default: by preset.")
+        help="First concentrations, and length of the stored proxies. Default: the preset's.")
     add("--norm_multiplier", type=number,
-        help="Scales the first embeddings, whose norms are concentrations. Default: by preset.")
+        help="Factor on the embedding layer's first weights, as an embedding's norm is its "
+             "concentration. Default: the preset's.")
     add("--samples", type=common.positive(int),
-        help="S, the Monte-Carlo samples of each image. Default: by preset.")
+        help="S, the Monte-Carlo samples of each image. Default: the preset's.")
     return parser
 
 
 def main(argv=None):
     import common
 
+    # What no option changes is shown by --help, and kept with the run.
     def fixed(args):
         floors = {"min_concentration": MIN_CONCENTRATION, "min_temperature": MIN_TEMPERATURE}
         return {**floors, **common.defaults(nir.ProxyAnchor)}

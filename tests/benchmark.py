@@ -9,14 +9,15 @@ write down first. Retrieval and losses run on one thread (CPU), the network on a
 import argparse
 import csv
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # before torch is loaded, as the scripts have it
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
 import numpy as np
 import scipy.spatial
 import scipy.special
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import common
 import data
 import evaluate
 import nir
@@ -126,7 +128,7 @@ def loop_softtriple(module, embeddings, labels):
         s = (centers * e).sum(2)                                                                            # (C, K)
         S = ((s / module.gamma).softmax(1) * s).sum(1)
         losses.append(F.cross_entropy(module.la * (S - module.margin * F.one_hot(y, C)), y))
-    merge = [(w[k] - w[l]).square().sum().clamp(min=1e-5).sqrt() for w in centers for k in range(K) for l in range(k + 1, K)]
+    merge = [(w[k] - w[m]).square().sum().clamp(min=1e-5).sqrt() for w in centers for k in range(K) for m in range(k + 1, K)]
     return torch.stack(losses).mean() + module.tau * torch.stack(merge).sum() / (C * K * (K - 1))
 
 

@@ -14,16 +14,17 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # before torch is loaded, as the scripts have it
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
-import data
-import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import RandomResizedCrop
 
+import common
+import data
+import evaluate
 import nir
 import objectives
 import prob_dml

@@ -5,6 +5,7 @@ import math
 import warnings
 
 import numpy as np
+import pictures
 import pytest
 import scipy.special
 import scipy.stats
@@ -16,7 +17,6 @@ from torchvision.transforms.functional import to_tensor
 import common
 import data
 import evaluate
-import pictures
 from data import UserError
 
 
@@ -170,9 +170,9 @@ def reference_partition_scores(clusters, labels):
         right += clusters[i] == clusters[j] and labels[i] == labels[j]
     precision, recall = right / in_cluster, right / in_class
     information = 0.0
-    for c, l in itertools.product(set(clusters), set(labels)):
-        p, pc, pl = np.mean((clusters == c) & (labels == l)), np.mean(clusters == c), np.mean(labels == l)
-        information += p * np.log(p / (pc * pl)) if p else 0.0
+    for c, y in itertools.product(set(clusters), set(labels)):
+        p, pc, py = np.mean((clusters == c) & (labels == y)), np.mean(clusters == c), np.mean(labels == y)
+        information += p * np.log(p / (pc * py)) if p else 0.0
     entropy = sum(scipy.stats.entropy(np.unique(part, return_counts=True)[1]) for part in (clusters, labels))
     return {"nmi": 2 * information / entropy, "f1": 2 * precision * recall / (precision + recall)}
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_common import started
 
 import common
 import nir
-from test_common import started
 
 
 def batch(B=7, C=4, D=5, dtype=torch.float64):
@@ -57,7 +57,7 @@ def test_softtriple_is_the_formula():
             S.append(sum(math.exp(v / gamma) * v for v in s) / sum(math.exp(v / gamma) for v in s))
         own = math.exp(la * (S[y[i]] - margin))
         expected -= math.log(own / (own + sum(math.exp(la * S[c]) for c in range(C) if c != y[i]))) / len(x)
-    merge = sum(float((w[c, k] - w[c, l]).norm()) for c in range(C) for k in range(K) for l in range(k + 1, K))
+    merge = sum(float((w[c, k] - w[c, m]).norm()) for c in range(C) for k in range(K) for m in range(k + 1, K))
     assert loss(x, y).item() == pytest.approx(expected + tau * merge / (C * K * (K - 1)), rel=1e-10)
 
 

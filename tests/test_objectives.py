@@ -12,13 +12,13 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from test_common import ROOT, assert_same, run, started
 
 import common
 import data
 import evaluate
 import nir
 import objectives
-from test_common import ROOT, assert_same, run, started
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2, 0, 1, 3])                               # the last class has one image
 

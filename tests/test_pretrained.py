@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pretrained
 import pytest
 import torch
 import torchvision
@@ -12,7 +13,6 @@ import torchvision
 import common
 import data
 import evaluate
-import pretrained
 from data import UserError
 
 REAL = Path(os.environ.get("DML_TEST_DATA", "not given"))

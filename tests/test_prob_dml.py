@@ -12,6 +12,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
+from test_common import started
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -19,9 +20,16 @@ import data
 import nir
 import prob_dml
 from data import UserError
-from prob_dml import (ProbabilisticProxies, SIMILARITIES, log_vmf_normalizer, mean_resultant_length, nivmf_log_prob,
-                      sample_vmf, unit_vectors, vmf_log_prob)
-from test_common import started
+from prob_dml import (
+    SIMILARITIES,
+    ProbabilisticProxies,
+    log_vmf_normalizer,
+    mean_resultant_length,
+    nivmf_log_prob,
+    sample_vmf,
+    unit_vectors,
+    vmf_log_prob,
+)
 
 CELLS = [(metric, proxy) for metric in SIMILARITIES for proxy in ("vmf", "nivmf")
          if not (proxy == "nivmf" and metric in ("cosine", "l2"))]
