@@ -1,65 +1,66 @@
 """The family of objectives in deep metric learning: ranking and classification losses.
 
-They are the older branches of T. Milbich's tutorial "The Family of Objective Functions in
-DML", under the protocol that made them comparable: "Revisiting Training Strategies and
-Generalization Performance in Deep Metric Learning" (Roth, Milbich, Sinha, Gupta, Ommer,
-Cohen, ICML 2020), called "Revisiting" below. Each loss names its own paper.
+The losses are those of T. Milbich's tutorial "The Family of Objective Functions in DML".
+They are trained under the protocol of "Revisiting Training Strategies and Generalization
+Performance in Deep Metric Learning" (Roth, Milbich, Sinha, Gupta, Ommer, Cohen, ICML 2020),
+called "Revisiting" below. Each loss names its own paper.
 
 In reading order: ranking losses; miners, which choose their triplets; classification
 losses; the objective, which is a loss with its miner; the settings; main.
 
     python objectives.py --dataset toy --loss multisimilarity    built-in characters, minutes
-    python objectives.py --dataset cub200 --loss margin          Revisiting's, on a GPU
+    python objectives.py --dataset cub200 --loss margin          Revisiting's settings, a GPU
 
     symbol      name in the code
     e_i         row i of `embeddings` (B, D), as the network gives them
     z_i         row i of `z`, the same on the unit sphere: e_i / ||e_i||
-    d_ij        `d`, the distance ||z_i - z_j||
+    d_ij        `d`, the distance ||z_i - z_j||; in Lifted and GenLifted ||e_i - e_j||
     S_ij        `S`, the cosine similarity z_i . z_j
     P_i         row i of the mask `positives` (B, B): other images of the class of i
     N_i         row i of the mask `negatives` (B, B): images of other classes
-    a, p, n     `a`, `p`, `n` (T,), the indices of anchors, positives and negatives
+    a, p, n     `a`, `p`, `n` (T,), the indices of T triplets: anchors, positives, negatives
     y           `labels` (B,), in 0 .. C-1
     W_c         row c of `proxies` (C, D), the learned vector of class c
     theta_ic    the angle between e_i and W_c; `cosine` (B, C) is its cosine
     [x]+        `F.relu`, the larger of x and 0
 
-One step of the training, which `common.train_one_epoch` runs, with `objective` the class
-`Objective` below:
+One step of the training, as `common.train_one_epoch` runs it. `network` is a backbone and
+one linear layer, `objective` an instance of `Objective`, `optimizer` one Adam over both.
 
     embeddings = network(images)                        # e, not normalised, (B, D)
     losses = objective.losses(embeddings, labels)       # {"margin": scalar}
     optimizer.zero_grad()
-    sum(losses.values()).backward()
+    sum(losses.values()).backward()                     # other scripts have two losses
     optimizer.step()
 """
 import math
 import os
 
-# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
+# Set before torch is imported: idle OpenMP threads sleep instead of slowing other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nir import full_precision
+from nir import full_precision  # compute in float32, also under autocast
 
 # ------------------------------------------------------------------------------ ranking losses
 # forward(embeddings (B, D), labels (B,)) gives the loss, a scalar. Triplet and Margin
 # take the triplets of a miner as well, three index tensors (T,); the others see all pairs.
 #
 # A batch of one class, or of classes with one image each, has nothing to rank. Then the
-# loss is 0, and so is its gradient, but for GenLifted's penalty.
+# loss and its gradient are 0, except for GenLifted's penalty.
 #
-# A distance has an infinite slope at 0, where two copies of an image are. norm() and
-# cdist() take a slope of 0 there; the official codes add 1e-8 under the root instead.
+# Two copies of an image are at distance 0, where the square root has an infinite slope.
+# norm() and cdist() take the gradient 0 there; the official codes add 1e-8 under the root.
 
 
 def pair_masks(labels):
     """Say for each image which others of the batch are its positives and its negatives.
 
-    labels (B,) -> positives, negatives: two masks (B, B), whether j is in P_i, in N_i.
+    labels (B,) -> positives, negatives: two masks (B, B). Entry (i, j) says whether j is
+    in P_i, or in N_i.
     """
     same_class = labels.unsqueeze(0) == labels.unsqueeze(1)
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
@@ -71,9 +72,11 @@ def pair_masks(labels):
 class Ranking(nn.Module):
     """What the ranking losses share: L is the mean of summands, or 0 if there are none.
 
-    Each loss below defines its `summands`, one for each triplet, pair or anchor, and
-    forward and diagnostics take what they take. None is negative, and one that is 0 has
-    no gradient: it has nothing more to teach.
+    Each loss below defines its `summands`: one for each triplet, pair or anchor, two for
+    each triplet in Margin. Margin divides their sum by another number, and GenLifted adds a
+    penalty. forward and diagnostics take the same arguments as `summands`.
+
+    A summand is never negative. One that is 0 has no gradient: it has nothing more to teach.
     """
 
     @full_precision
@@ -116,10 +119,12 @@ class Margin(Ranking):
         push = [beta_a - d_an + margin]+
         L    = sum_(a,p,n) (pull + push + nu beta_a) / active
 
-    `active` is the number of pull > 0 plus the number of push > 0; L is 0 if that is 0.
-    L jumps up where easy summands fall to 0 and leave `active`: read it beside the
-    fraction in the log. With granularity `class` beta is (C,), and beta_a belongs to
-    the class of the anchor; with `global` beta is one number for all.
+    `active` is the number of pull > 0 plus the number of push > 0; L is 0 if that is 0. When
+    easy summands reach 0 they no longer count in `active`, and L jumps up: judge L together
+    with the fraction `active` in the log.
+
+    With granularity `class` beta is (C,), and beta_a belongs to the class of the anchor; with
+    `global` beta is one number for all.
 
     Wu, Manmatha, Smola, Kraehenbuehl, "Sampling Matters in Deep Embedding Learning",
     ICCV 2017; nu as in the authors' code.
@@ -134,12 +139,10 @@ class Margin(Ranking):
 
     def boundaries(self, labels, triplets):
         """beta_a of each triplet, (T,)."""
-        if self.beta.dim() == 0:
-            beta = self.beta.expand(len(labels))                  # (B,)
-        else:
-            beta = self.beta[labels]
         a, _, _ = triplets
-        return beta[a]
+        if self.beta.dim() == 0:
+            return self.beta.expand(len(a))
+        return self.beta[labels][a]
 
     def summands(self, embeddings, labels, triplets):
         """pull and push of each triplet, (2, T)."""
@@ -157,8 +160,8 @@ class Margin(Ranking):
         summands = self.summands(embeddings, labels, triplets)
         beta_a = self.boundaries(labels, triplets)
         total = summands.sum() + self.nu * beta_a.sum()
-        active = (summands > 0).sum()
-        return torch.where(active > 0, total / active.clamp(min=1), 0.0)
+        num_active = (summands > 0).sum()
+        return torch.where(num_active > 0, total / num_active.clamp(min=1), 0.0)
 
     def diagnostics(self, *batch):
         """For the log: the fraction of summands above 0, and the mean boundary."""
@@ -170,8 +173,8 @@ class Margin(Ranking):
 def unnormalised_distances(embeddings):
     """The distances ||e_i - e_j|| (B, B) of embeddings as they are, not on the sphere.
 
-    By a matrix product, cdist's usual way, distances near 0 would be off by 1e-3 in
-    float32, and by more the longer the embeddings are.
+    cdist's usual way, a matrix product, is off by 1e-3 near 0 in float32, and by more for
+    longer embeddings.
     """
     return torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -179,8 +182,8 @@ def unnormalised_distances(embeddings):
 def masked_logsumexp(x, mask):
     """log sum_j exp(x_ij) over the columns j in row i of the mask, (B, B) -> (B,).
 
-    Over no column this is the lowest finite number. With the true value, -inf, sums and
-    gradients would become nan.
+    A row without any column in the mask gives the lowest finite number. (The gradient of a
+    logsumexp over -inf alone is nan.)
     """
     lowest = torch.finfo(x.dtype).min
     return x.masked_fill(~mask, lowest).logsumexp(1)
@@ -215,7 +218,7 @@ class GenLifted(Ranking):
     """Generalised lifted structure: all positives of an anchor against all its negatives.
 
         J_i = log sum_{p in P_i} exp(d_ip) + log sum_{n in N_i} exp(alpha - d_in)
-        L   = mean_i [J_i]+  +  weight mean_i ||e_i||
+        L   = mean_i [J_i]+  +  weight * mean_i ||e_i||
 
     The first mean is over the anchors that have a positive. d is as in Lifted. Hermans,
     Beyer, Leibe, "In Defense of the Triplet Loss", 2017. This is what Revisiting's
@@ -239,9 +242,9 @@ class GenLifted(Ranking):
 
     @full_precision
     def forward(self, embeddings, labels):
-        ranked = super().forward(embeddings, labels)
+        loss = super().forward(embeddings, labels)
         length = embeddings.norm(dim=1).mean()
-        return ranked + self.weight * length
+        return loss + self.weight * length
 
 
 class MultiSimilarity(Ranking):
@@ -252,9 +255,9 @@ class MultiSimilarity(Ranking):
         L    = 1/B sum_i  1/alpha log(1 + sum_{P_i'} exp(-alpha (S_ik - threshold)))
                         + 1/beta  log(1 + sum_{N_i'} exp( beta  (S_ik - threshold)))
 
-    P_i' and N_i' are empty together, and then the summand is 0. Wang, Han, Huang, Dong,
-    Scott, CVPR 2019; the settings are those of the authors' code, the paper has beta =
-    50 and threshold = 1.
+    threshold is the paper's lambda. P_i' and N_i' are empty together, and then the summand is
+    0. Wang, Han, Huang, Dong, Scott, CVPR 2019; the settings are those of the authors' code,
+    the paper has beta = 50 and threshold = 1.
     """
 
     def __init__(self, alpha=2.0, beta=40.0, threshold=0.5, epsilon=0.1):
@@ -270,11 +273,10 @@ class MultiSimilarity(Ranking):
         z = F.normalize(embeddings)
         S = z @ z.T                                               # (B, B)
 
-        # (B, 1) each. An anchor without negatives, or without positives, gets a limit that
-        # no similarity passes, and so keeps no pair.
-        limit = torch.finfo(S.dtype).max
-        nearest_negative = S.masked_fill(~negatives, -limit).amax(1, keepdim=True)
-        farthest_positive = S.masked_fill(~positives, limit).amin(1, keepdim=True)
+        # (B, 1) each. An anchor without negatives gets -inf, one without positives inf: no
+        # similarity passes these, so it keeps no pair.
+        nearest_negative = S.masked_fill(~negatives, -math.inf).amax(1, keepdim=True)
+        farthest_positive = S.masked_fill(~positives, math.inf).amin(1, keepdim=True)
         hard_positives = positives & (S < nearest_negative + self.epsilon)
         hard_negatives = negatives & (S > farthest_positive - self.epsilon)
 
@@ -284,9 +286,9 @@ class MultiSimilarity(Ranking):
 
         # log(1 + exp(x)) is logaddexp(x, 0).
         zero = S.new_zeros(())
-        of_positives = torch.logaddexp(pull, zero) / self.alpha
-        of_negatives = torch.logaddexp(push, zero) / self.beta
-        return of_positives + of_negatives
+        positive_term = torch.logaddexp(pull, zero) / self.alpha
+        negative_term = torch.logaddexp(push, zero) / self.beta
+        return positive_term + negative_term
 
 
 # -------------------------------------------------------------------------------------- miners
@@ -311,20 +313,20 @@ def distances(embeddings):
 def sample_column(weights, generator):
     """Choose a column of each row at random, in proportion to the weights: (T, B) -> (T,).
 
-    If u is uniform in (0, 1), then -log(u) / weight is an exponentially distributed
-    time with the weight as its rate. Of several such times each is the shortest with a
-    probability in proportion to its rate. torch.multinomial does the same, but refuses
-    T = 0.
+    Draw for each column an exponentially distributed time, -log(u) / weight, whose rate is
+    the weight. A column has the shortest time with a probability proportional to its weight.
+    The code takes the largest inverse time, so that a weight of 0 never wins.
+    torch.multinomial does the same, but refuses T = 0.
     """
     u = torch.rand(weights.shape, device=weights.device, generator=generator)
     inverse_time = weights / -u.log()
     return inverse_time.argmax(1)
 
 
-def anchors_positives(labels, generator):
-    """Find the anchors and choose a positive for each.
+def choose_positives(labels, generator):
+    """Choose a positive for each anchor, an image that has a positive and a negative.
 
-    Returns a (T,), p (T,), and the rows N_a of the mask of negatives, (T, B).
+    Returns a (T,), p (T,), and the anchors' rows N_a of the mask of negatives, (T, B).
     """
     positives, negatives = pair_masks(labels)
     has_triplet = positives.any(1) & negatives.any(1)
@@ -334,20 +336,22 @@ def anchors_positives(labels, generator):
 
 
 def mine_random(embeddings, labels, generator=None):
-    """Any negative: n is uniform in N_a."""
-    a, p, negatives = anchors_positives(labels, generator)
+    """Any negative: n is uniform in N_a.
+
+    Revisiting draws from the list of all triplets instead.
+    """
+    a, p, negatives = choose_positives(labels, generator)
     n = sample_column(negatives, generator)
     return a, p, n
 
 
 def mine_semihard(embeddings, labels, margin=0.2, generator=None):
-    """A negative beyond the positive, but not yet by the loss's margin.
+    """A negative that is farther than the positive, but by less than the loss's margin.
 
-    n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty.
-    From FaceNet, but as in Revisiting d is not squared, although the triplet loss
-    squares it.
+    n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty. From
+    FaceNet. Like Revisiting, it compares d, while the triplet loss compares d^2.
     """
-    a, p, negatives = anchors_positives(labels, generator)
+    a, p, negatives = choose_positives(labels, generator)
     d = distances(embeddings)[a]                                  # (T, B)
     d_ap = d.gather(1, p.unsqueeze(1))                            # (T, 1)
     semihard = negatives & (d > d_ap) & (d < d_ap + margin)
@@ -361,7 +365,7 @@ def mine_nearest(embeddings, labels, generator=None):
 
     n = argmin {d_an: n in N_a, d_an > d_ap}, or the farthest in N_a if that is empty.
     """
-    a, p, negatives = anchors_positives(labels, generator)
+    a, p, negatives = choose_positives(labels, generator)
     d = distances(embeddings)[a]                                  # (T, B)
     d_ap = d.gather(1, p.unsqueeze(1))                            # (T, 1)
     beyond = negatives & (d > d_ap)
@@ -378,19 +382,19 @@ def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
     near sqrt(2), so a uniform choice finds hardly any negative that is nearer. Dividing
     by q makes up for that:
 
-        P(n | a) ~ 1 / q(max(d_an, lower)) if d_an < upper, else 0
-        q(d)     ~ d^(D-2) (1 - d^2 / 4)^((D-3)/2)
+        P(n | a) is proportional to 1 / q(max(d_an, lower)) if d_an < upper, else 0
+        q(d)     is proportional to d^(D-2) (1 - d^2 / 4)^((D-3)/2)
 
-    Past sqrt(2) 1 / q rises again, hence `upper`, which Revisiting's code leaves out.
-    If no negative is nearer than `upper`, the row is uniform over N_a; if there is no
-    negative at all, it is zero. Wu et al., ICCV 2017, as Margin.
+    Beyond sqrt(2), 1 / q rises again. Hence `upper`, which Revisiting's code leaves out. If
+    no negative is nearer than `upper`, the row is uniform over N_a; if there is no negative
+    at all, it is zero. From the same paper as Margin.
     """
     _, negatives = pair_masks(labels)
     d = distances(embeddings)
     D = embeddings.shape[1]
 
     clipped = d.clamp(min=lower)
-    base = (1 - clipped.square() / 4).clamp(min=1e-8)
+    base = (1 - clipped.square() / 4).clamp(min=1e-8)             # 0 at d = 2, its log -inf
     log_q = (D - 2) * clipped.log() + (D - 3) / 2 * base.log()
 
     inside = negatives & (d < upper)
@@ -399,15 +403,15 @@ def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
     # Where no negative is inside, all candidates of the row weigh the same.
     log_weight = torch.where(inside, -log_q, 0.0)
 
-    # At D = 512 the weights of a batch span e^370. softmax subtracts the maximum of
-    # each row, so that no row vanishes.
+    # At D = 512 the weights of a batch span e^370. softmax subtracts the maximum of each
+    # row, so that no row vanishes. The last factor is for rows without any negative.
     lowest = torch.finfo(d.dtype).min
     return log_weight.masked_fill(~candidates, lowest).softmax(1) * candidates
 
 
 def mine_distance(embeddings, labels, lower=0.5, upper=1.4, generator=None):
     """Negatives at all distances alike: n follows `distance_probabilities`."""
-    a, p, _ = anchors_positives(labels, generator)
+    a, p, _ = choose_positives(labels, generator)
     probabilities = distance_probabilities(embeddings, labels, lower, upper)
     n = sample_column(probabilities[a], generator)
     return a, p, n
@@ -448,8 +452,8 @@ class ClassVectors(nn.Module):
 
     def diagnostics(self, embeddings, labels):
         """For the log: the mean angle theta_iy to the own class, in degrees."""
-        own = self.cosine(embeddings).gather(1, labels.unsqueeze(1))
-        return {"own_angle": own.clamp(-1, 1).acos().rad2deg().mean()}
+        own_cosine = self.cosine(embeddings).gather(1, labels.unsqueeze(1))
+        return {"own_angle": own_cosine.clamp(-1, 1).acos().rad2deg().mean()}
 
 
 class Softmax(ClassVectors):
@@ -492,9 +496,9 @@ class SphereFace(ClassVectors):
         logits_iy = ||e_i|| (la cos(theta_iy) + psi(theta_iy)) / (1 + la)
         la        = max(5, 1000 / (1 + 0.12 step))
 
-    The buffer `step` counts the calls in training mode. Liu, Wen, Yu, Li, Raj, Song,
-    CVPR 2017. (The tutorial's formula for "Sphere-/ArcFace" is ArcFace's.) Raises
-    ValueError for a margin other than 1, 2, ...
+    la is the paper's lambda. The buffer `step` counts the calls in training mode. Liu, Wen, Yu,
+    Li, Raj, Song, CVPR 2017. (The tutorial's formula for "Sphere-/ArcFace" is ArcFace's.)
+    Raises ValueError for a margin other than 1, 2, ...
     """
 
     def __init__(self, num_classes, dim, margin=4, annealing=False):
@@ -511,9 +515,9 @@ class SphereFace(ClassVectors):
 
         cos(m t) = T_m(c), Chebyshev's polynomial of degree m:
 
-            T_0 = 1,      T_1 = c,      T_{m+1} = 2 c T_m - T_{m-1}
+            T_0 = 1,      T_1 = c,      T_{j+1} = 2 c T_j - T_{j-1}
 
-        Computed from acos(c) instead, it would have an infinite slope at c = 1 and -1.
+        Through acos(c), autograd would give nan at c = 1 and -1.
         """
         m = self.margin
         with torch.no_grad():
@@ -529,13 +533,13 @@ class SphereFace(ClassVectors):
     def logits(self, embeddings, labels):
         own = labels.unsqueeze(1)                                 # (B, 1)
         cosine = self.cosine(embeddings)                          # (B, C)
-        c = cosine.gather(1, own)                                 # (B, 1)
-        target = self.psi(c)
+        cos_y = cosine.gather(1, own)                             # (B, 1)
+        target = self.psi(cos_y)
 
         if self.annealing:
             la = 1000 / (1 + 0.12 * self.step.double())
             la = la.clamp(min=5)
-            target = (la * c + target) / (1 + la)
+            target = (la * cos_y + target) / (1 + la)
             if self.training:
                 self.step += 1
 
@@ -550,8 +554,8 @@ class ArcFace(ClassVectors):
         logits_iy = scale cos(theta_iy + m)              if theta_iy <= pi - m
         logits_iy = scale (cos(theta_iy) - m sin(m))     beyond
 
-    Past pi the cosine would rise again and reward the wrong side, so the authors go on
-    with the last line. At the seam the logit jumps down, for m = 0.5 by 0.12 scale. The
+    Past pi the cosine rises again, which would reward a larger angle. So the authors use the
+    last line beyond pi - m. At the seam the logit jumps down, for m = 0.5 by 0.12 scale. The
     scale 16 is Revisiting's; the paper has 64. Deng, Guo, Xue, Zafeiriou, CVPR 2019.
     """
 
@@ -564,15 +568,15 @@ class ArcFace(ClassVectors):
         m = self.margin
         own = labels.unsqueeze(1)                                 # (B, 1)
         cosine = self.cosine(embeddings)                          # (B, C)
-        c = cosine.gather(1, own)                                 # (B, 1)
+        cos_y = cosine.gather(1, own)                             # (B, 1)
 
-        # cos(theta + m) = c cos(m) - sin(theta) sin(m). The floor gives the root a
-        # slope of 0 at c = 1 and -1, where its own is infinite.
-        sine_squared = (1 - c) * (1 + c)
+        # cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). The clamp makes the gradient 0
+        # at cos(theta) = 1 and -1, where that of the root alone is infinite.
+        sine_squared = (1 - cos_y) * (1 + cos_y)
         sine = sine_squared.clamp(min=1e-12).sqrt()
-        shifted = c * math.cos(m) - sine * math.sin(m)
-        beyond = c - m * math.sin(m)
-        target = torch.where(c < -math.cos(m), beyond, shifted)
+        shifted = cos_y * math.cos(m) - sine * math.sin(m)
+        beyond = cos_y - m * math.sin(m)
+        target = torch.where(cos_y < -math.cos(m), beyond, shifted)     # theta > pi - m
         return self.scale * cosine.scatter(1, own, target)
 
 
@@ -595,13 +599,13 @@ MINED = ("triplet", "margin")
 LEARNED = ("margin", "softmax", "normsoftmax", "sphereface", "arcface")
 
 
-def make_loss(name, num_classes, dim, beta):
-    """The loss of a name in LOSSES for a run with C classes and D dimensions.
+def make_loss(name, num_classes, dim, granularity):
+    """Make the loss `name` for `num_classes` classes and embeddings of dimension `dim`.
 
-    beta is the granularity of Margin's boundaries and means nothing to the others.
+    granularity, of Margin's boundaries, means nothing to the others.
     """
     if name == "margin":
-        return Margin(num_classes, granularity=beta)
+        return Margin(num_classes, granularity=granularity)
     if name == "sphereface":
         return SphereFace(num_classes, dim, annealing=True)
     if name in ("softmax", "normsoftmax", "arcface"):
@@ -610,10 +614,10 @@ def make_loss(name, num_classes, dim, beta):
 
 
 class Objective(nn.Module):
-    """What is trained: a loss, together with the miner of its triplets if it takes any.
+    """A loss, together with the miner of its triplets if it takes any.
 
-    miner is a name in MINERS, or None. The parameters of the loss learn at loss_lr
-    times the rate of the network.
+    miner is a name in MINERS, or None. The parameters of the loss learn at the network's
+    learning rate times loss_lr.
     """
 
     def __init__(self, loss, miner=None, loss_lr=1.0):
@@ -636,10 +640,11 @@ class Objective(nn.Module):
         else:
             triplets = self.mine(embeddings, labels)
             value = self.loss(embeddings, labels, triplets)
-        return {type(self.loss).__name__.lower(): value}
+        name = type(self.loss).__name__.lower()         # as in LOSSES
+        return {name: value}
 
     def param_groups(self, lr):
-        """The parameters of the loss as a group for Adam, or no group if it has none."""
+        """The parameters of the loss as a group for Adam, without weight decay, if it has any."""
         parameters = list(self.loss.parameters())
         if not parameters:
             return []
@@ -663,19 +668,19 @@ class Objective(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- the settings
-# What a run uses where the command line says nothing: the row of its loss, in one of
-# three regimes. What a loss has besides, its margin for example, is in its constructor
-# above.
+# The defaults of the options: a row for each loss, in three regimes. What is no option, a
+# margin for example, is a default of the constructors above.
 #
-# `paper` is Revisiting's, with ImageNet's weights, and `sop` the same on Stanford
-# Online Products. `scratch` is for a network that starts from nothing (--weights none):
-# all but lr and loss_lr as in nir.py, so that the two compare; lr is the best of three
-# on validation classes (RESULTS.md).
+# `paper` is Revisiting's, with ImageNet's weights. `sop`, for Stanford Online Products, differs
+# in the epochs and in normsoftmax's loss_lr. `scratch` is for a network that starts from nothing
+# (--weights none). But for lr and loss_lr it is nir.py's, so that the results of the two scripts
+# can be compared; lr is the best of three on validation classes: RESULTS.md. That of ArcFace is
+# another than the others'.
 #
-# loss_lr is the rate of the loss's parameters as a multiple of lr. Published are 5e-4
-# for boundaries and ArcFace, and 1e-5 for normsoftmax, or 2e-3 on SOP. For softmax and
-# SphereFace nothing is published: they take ArcFace's. From scratch, boundaries learn at
-# the rate of the network.
+# loss_lr is the rate of the loss's parameters as a multiple of lr. The published rates are 5e-4
+# for boundaries and ArcFace (50 times lr), and 1e-5 for normsoftmax (1 time; on SOP 2e-3, 200
+# times). For softmax and SphereFace, for which none are published, they are ArcFace's. After
+# each of the epochs in lr_steps, all rates are multiplied by lr_gamma.
 
 COLUMNS = ("epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
            "loss_lr", "miner", "beta")
@@ -731,7 +736,8 @@ def preset(args):
 
 
 def fixed(args):
-    """What a run uses that no option changes, {name: value}: constants of loss and miner."""
+    """Constants of loss and miner, {name: value}, for --help and for the record of the run."""
+    # Not imported at the top, so that the losses can be borrowed without it.
     import common
 
     constants = common.defaults(LOSSES[args.loss])
@@ -758,8 +764,8 @@ def main(argv=None):
         help="Boundaries of the margin loss: one for all classes, or one for each. "
              "Default: class.")
     add("--loss_lr", type=common.positive(float),
-        help="Learning rate of the boundaries or class vectors, as a multiple of --lr. "
-             "Default: by preset.")
+        help="Learning rate of the boundaries or proxies, as a multiple of --lr. "
+             "Default: the preset's.")
     args = common.parse(parser, preset, argv, fixed)
 
     applies_to = {"miner": MINED, "beta": ("margin",), "loss_lr": LEARNED}
