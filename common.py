@@ -6,8 +6,8 @@ A script brings its criterion, a module with these methods, and hands it to `tra
     param_groups(lr) -> [parameter groups for Adam]       each loss parameter has its own rate
     diagnostics(embeddings, labels) -> {name: float}      what else log.csv shows, once an epoch
 
-It may have one more, which is called before each epoch. EL-nivMF uses the first call for its
-warm start.
+It may have one more, which is called before each epoch. EL-nivMF makes its warm start there,
+before epoch 0.
 
     start_epoch(epoch, network, train_split, args, device)
 
@@ -18,7 +18,8 @@ Where the protocol of the papers is found:
     backbone and linear layer, psi(x)            Network
     BatchNorm frozen                             Network.train
     Adam, weight decay for the network alone     make_optimizer
-    warm-up, best epoch                          train
+    warm-up                                      train
+    best epoch                                   save_epoch
     metrics                                      evaluate.all_metrics
 
 In reading order: the training; the network; the command line; files; several processes.
@@ -89,8 +90,10 @@ def train(args, make_criterion, name):
         network.backbone.requires_grad_(epoch >= args.warmup)
         if hasattr(criterion, "start_epoch"):
             criterion.start_epoch(epoch, network, train_split, args, device)
-        model = distribute(model)
-        # A seed for each epoch, so that a resumed run draws the same samples and views.
+        model = distribute(model)               # anew when the warm-up ends
+
+        # A seed for each epoch: what a criterion draws is the same after --resume, and in all
+        # processes. Batches and crops have seeds of their own: data.ClassBatches.
         torch.manual_seed(args.seed + 7919 * (epoch + 1))
 
         start = time.monotonic()
@@ -117,7 +120,7 @@ def train_one_epoch(model, loader, optimizer, epoch, device, out):
     batches = progress(loader, len(loader), f"epoch {epoch + 1}")
     for step, (images, labels) in enumerate(batches):
         with errors_name_step(epoch, step, out):
-            labels = labels.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)       # the network moves the images
             losses, embeddings, labels = model(images, labels)
             loss = sum(losses.values())
             check_finite(loss, losses)
@@ -165,15 +168,16 @@ def embed(network, split, args, device, what="embedding"):
     batches = progress(loader, len(loader), what)
     rows = torch.cat([network(images) for images, _ in batches])
     # Image i was embedded by process i % world: put them back in their order.
-    by_process = gather(rows).view(world, *rows.shape)
-    in_order = by_process.transpose(0, 1).flatten(0, 1)
+    by_process = gather(rows).view(world, *rows.shape)          # (world, n, D)
+    in_order = by_process.transpose(0, 1).flatten(0, 1)         # (n * world, D)
     return in_order[:len(split.images)]             # the sampler repeats some to make equal parts
 
 
 def recall_at_1(network, split, args, device):
     embeddings = embed(network, split, args, device)
     labels = split.labels.to(device)
-    return evaluate.recall_at_k(embeddings, labels, (1,))[1]
+    recalls = evaluate.recall_at_k(embeddings, labels, (1,))    # {k: Recall@k}
+    return recalls[1]
 
 
 def make_optimizer(args, network, criterion):
@@ -191,14 +195,16 @@ def make_optimizer(args, network, criterion):
 def training_loader(args, split, device):
     """A split's training batches; with several processes, this one's part of each.
 
-    A batch size that comes from the preset shrinks to what few classes allow.
+    Sets args.batch_size if it was not given: to the preset's, `usual_batch_size`, or to the
+    most that the classes allow.
     """
     if args.batch_size is None:
         args.batch_size = min(args.usual_batch_size, data.largest_batch(split.labels))
     batches = data.ClassBatches(split.labels, args.batch_size, seed=args.seed)
     rank, world = processes()
     if args.batch_size % world:
-        # The largest size below that holds pairs of images and can be shared.
+        # Pairs of images and processes must both divide it: the next size below that fits, else
+        # the smallest.
         unit = math.lcm(2, world)
         fits = max(unit, args.batch_size // unit * unit)
         raise UserError(f"--batch_size {args.batch_size} cannot be shared by {world} processes: "
@@ -219,7 +225,7 @@ def check_splits(args, *splits):
     for split in splits:
         if split.labels.bincount().max() < 2:
             raise UserError(f"no test or validation class of {args.data_root} has two images, so "
-                            "none can be found: add images")
+                            "Recall@k has nothing to find: add images")
 
 
 def check_finite(loss, losses):
@@ -242,7 +248,7 @@ def errors_name_step(epoch, step, out):
 
 
 def first_batch_diagnostics(model, losses, embeddings, labels):
-    """What the log says of an epoch's first batch: shares of the gradient, the criterion's own."""
+    """For log.csv: each loss's share of the gradient, and the criterion's own diagnostics."""
     criterion = getattr(model, "module", model).criterion
     shares = gradient_shares(losses, embeddings)
     return {**shares, **criterion.diagnostics(embeddings.detach(), labels)}
@@ -280,7 +286,7 @@ def print_epoch(args, row, losses, selection, num_batches, epoch_seconds):
 
 def evaluate_checkpoints(args, out, test_split, selection, device):
     """Metrics of the last and of the best epoch on the test classes: {"last": ..., "best": ...}."""
-    wait_for_all()                                  # until the first has written its checkpoint
+    wait_for_all()                                  # for process 0, which writes the checkpoints
     columns = {}
     for title in ("last", "best"):
         checkpoint = load_checkpoint(out / f"{title}.pt", "checkpoint")
@@ -333,12 +339,12 @@ class Network(nn.Module):
     """Backbone and one linear layer: images (B, 3, H, W) -> embeddings (B, D), not normalised.
 
     Images may be on any device. uint8 images are normalised first; float ones are taken as
-    normalised already. `pooling` double adds the maximum to the average, which resnet50 can.
-    `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet weights; a
-    network that starts from nothing has no statistics to keep. `precision` (float32 or
-    bfloat16) is the backbone's; all that follows computes in the precision of its weights.
-    Raises UserError for an unknown backbone, or one without the average pooling that `double`
-    replaces.
+    normalised already. `pooling` double adds the maximum to the average pooling, which resnet50
+    has. `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet weights; a
+    network that starts from nothing has no statistics to keep. The attribute `precision`,
+    float32 or bfloat16, is the backbone's; the embedding layer computes in the precision of its
+    weights. Raises UserError for an unknown backbone, or one without the average pooling that
+    `double` replaces.
     """
 
     def __init__(self, arch, embed_dim, image_size=224, pooling="average", freeze_norm=False):
@@ -354,11 +360,10 @@ class Network(nn.Module):
                 raise UserError("--pooling double needs a backbone with a layer `avgpool`, which "
                                 f"{arch} has not: leave it out")
             self.backbone.avgpool = AverageAndMaximum()
-        # The statistics follow from the backbone's name, so they are not part of a
-        # checkpoint.
         if not statistics:
             statistics = data.MEAN, data.DEVIATION
         mean, deviation = statistics
+        # They follow from the backbone's name, so they are not part of a checkpoint.
         self.register_buffer("mean", by_channel(mean), persistent=False)
         self.register_buffer("deviation", by_channel(deviation), persistent=False)
         self.embedding = nn.Linear(width, embed_dim)
@@ -367,8 +372,8 @@ class Network(nn.Module):
         weight = self.embedding.weight
         are_pixels = images.dtype == torch.uint8
         images = images.to(weight.device, non_blocking=weight.is_cuda)
-        # Convolutions are faster in channels_last; images that come as floats stay as they
-        # are.
+        # Convolutions are faster in channels_last. Floats, which may be features, keep their
+        # layout.
         layout = torch.channels_last if are_pixels else torch.preserve_format
         images = images.to(weight.dtype, memory_format=layout)
         if are_pixels and self.mean is not None:
@@ -383,8 +388,8 @@ class Network(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         if self.freeze_norm:
-            # Neither a batch's statistics nor running averages: every later change of the
-            # weights is seen through the same fixed normalisation.
+            # No statistics of a batch are used, and the running averages stay as they are:
+            # every later change of the weights is seen through the same normalisation.
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
@@ -407,7 +412,7 @@ def build_network(args, checkpoint=None, device=torch.device("cpu")):  # noqa: B
         except RuntimeError as error:
             raise UserError("the checkpoint does not hold the network its settings name "
                             f"({args.arch}, D = {args.embed_dim}): {last_line(error)}") from None
-    precision = getattr(args, "precision", "auto")      # an old checkpoint may have none
+    precision = getattr(args, "precision", "auto")      # an old checkpoint has none
     network.precision = backbone_precision(precision, device)
     _, world = processes()
     if device.type == "cuda" and world > 1 and not network.freeze_norm:
@@ -468,6 +473,7 @@ def load_network(path, device="auto"):
     transform = data.test_transform(args.image_size, args.augment)
 
     def prepare(image):
+        # Told the transform, read_image decodes a large JPEG no larger than that needs.
         return transform(data.read_image(image, transform))
 
     return network, prepare
@@ -476,7 +482,7 @@ def load_network(path, device="auto"):
 def make_device(name):
     """The torch.device of --device, or a UserError where it cannot be used.
 
-    auto is this process's GPU, without torchrun the first one, or else the CPU.
+    auto is a GPU if there is one, under torchrun the process's own, else the CPU.
     """
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
@@ -509,7 +515,7 @@ def backbone_precision(precision, device):
 
 # ------------------------------------------------------------------------------ the command line
 
-LAUNCHER = "python"         # what starts a script, for the advice that is printed
+LAUNCHER = "python"         # what starts a script, for advice and args.json; another may set it
 current_run = None          # folder of the run that is being trained, for `print_interrupted`
 
 
@@ -523,7 +529,7 @@ def command(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        # The error of a DataLoader's worker arrives as a traceback, whose last line it is.
+        # From a DataLoader's worker the message is a traceback; its last line is the error.
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
@@ -543,8 +549,8 @@ def print_interrupted():
     if rank != 0:
         return
     advice = "no epoch is complete, so there is nothing to resume"
-    if current_run and (Path(current_run) / "last.pt").exists():
-        last = Path(current_run) / "last.pt"
+    last = Path(current_run or "") / "last.pt"
+    if current_run and last.exists():
         advice = f"go on with {LAUNCHER} {sys.argv[0]} --resume {last}"
     print(f"\ninterrupted: {advice}", file=sys.stderr)
 
@@ -624,7 +630,7 @@ def add_run_options(p):
 
 
 def positive(kind, zero=False, below=math.inf):
-    """An argparse type: a finite int or float above zero, or with `zero` at least zero."""
+    """An argparse type: an int or float above zero, or with `zero` at least zero, below `below`."""
 
     def convert(text):
         value = kind(text)
@@ -635,7 +641,7 @@ def positive(kind, zero=False, below=math.inf):
         return value
 
     sign = "non-negative" if zero else "positive"
-    convert.__name__ = f"{sign} {kind.__name__}"        # as argparse will call it
+    convert.__name__ = f"{sign} {kind.__name__}"        # for argparse's error messages
     return convert
 
 
@@ -650,7 +656,7 @@ def parse(p, preset, argv=None, fixed=None):
     -> {name: value}` is what no option changes. With --resume the settings are the run's.
     """
     args = p.parse_args(argv)
-    show_help = "help" in args                      # it has no default
+    show_help = "help" in args                      # set only if -h was given
     if args.resume and not show_help:
         return resumed_settings(p, args, argv)
     fill_defaults(args)
@@ -728,7 +734,7 @@ def resumed_settings(p, args, argv):
         if key not in CIRCUMSTANCES and value != saved[key]:
             raise UserError(f"--{key} {value} contradicts the run in {args.resume}, which has "
                             f"{saved[key]}: leave the option out to resume, or start a new run")
-    given.out = str(Path(args.resume).parent)
+    given.out = str(Path(args.resume).parent)           # a resumed run stays in its folder
     circumstances = {key: getattr(given, key) for key in CIRCUMSTANCES}
     return argparse.Namespace(**{**saved, **circumstances})
 
@@ -736,17 +742,18 @@ def resumed_settings(p, args, argv):
 def defaults(*classes):
     """The default arguments of classes, {"ProxyAnchor.margin": 0.1, ...}, for `parse`'s `fixed`."""
     values = {}
-    for made in classes:
-        for parameter in inspect.signature(made).parameters.values():
+    for cls in classes:
+        for parameter in inspect.signature(cls).parameters.values():
             if parameter.default is not parameter.empty:
-                values[f"{made.__name__}.{parameter.name}"] = parameter.default
+                values[f"{cls.__name__}.{parameter.name}"] = parameter.default
     return values
 
 
 def check_options(make_criterion):
     """Make the criterion once, so that options that do not fit are named before data is read.
 
-    A ValueError of its construction begins with the parameter's name, which is the option's.
+    A ValueError of its construction begins with the parameter's name. The option has the same,
+    but for --embed_dim, which is `dim` there.
     """
     try:
         make_criterion(num_classes=2)
@@ -844,7 +851,7 @@ def save_epoch(out, args, network, criterion, optimizer, scheduler, history, sel
 
 
 def restore(checkpoint, args, criterion, optimizer, scheduler):
-    """Put a last.pt's state into loss and optimiser, and return its history."""
+    """Put a last.pt's state into criterion, optimiser and scheduler; return its history."""
     try:
         criterion.load_state_dict(checkpoint["criterion"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -958,7 +965,7 @@ def wait_for_all():
 
 
 def distribute(model):
-    """The model; with several processes in a DistributedDataParallel, which averages gradients.
+    """The model itself, or with several processes wrapped in DistributedDataParallel.
 
     It is wrapped anew when other parameters are trained than before, as after the warm-up.
     """
@@ -975,7 +982,10 @@ def distribute(model):
 
 
 def copy_buffers(model):
-    """Copy the first process's buffers to all: BatchNorm's running averages differ."""
+    """Copy the first process's buffers to all, as DistributedDataParallel does before each step.
+
+    It does not after the last one, and on CPUs the processes' BatchNorm averages differ.
+    """
     _, world = processes()
     if world > 1:
         for buffer in model.module.network.buffers():
@@ -993,9 +1003,10 @@ def gather(rows):
     all_rows = [torch.empty_like(rows) for _ in range(world)]
     dist.all_gather(all_rows, rows.detach().contiguous())
     if rows.requires_grad:
-        # All processes compute the same loss, so the gradient of the own rows is here
-        # already. Over the processes the network's gradients have to add up, but
-        # DistributedDataParallel averages them: hence times world. The difference is zero,
-        # its gradient is not.
+        # All processes compute the same loss. Its gradient at the own rows gives this process's
+        # part of the network's gradient. DistributedDataParallel averages these parts where
+        # they should add up: so the gradient is scaled by world here, and the value is not, as
+        # the difference is zero. (The criterion's gradients are the same everywhere; their mean
+        # is right.)
         all_rows[rank] = all_rows[rank] + world * (rows - rows.detach())
     return torch.cat(all_rows)

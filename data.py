@@ -1,9 +1,10 @@
 """Data sets for zero-shot retrieval: files, training and test classes, batches.
 
 A network trains on one half of a data set's classes and retrieves images of the other
-half, which it has never seen. In reading order: what a split is; the readers of
-CUB200-2011, Cars196, Stanford Online Products (SOP) and a folder of one's own;
-downloads; the built-in `toy` characters; images; batches.
+half, which it has never seen. In reading order: what all scripts share, namely errors,
+processes and progress; splits and how they are loaded; the readers of CUB200-2011,
+Cars196, Stanford Online Products (SOP) and a folder of one's own; downloads; the
+built-in `toy` characters; images; batches.
 """
 import contextlib
 import errno
@@ -36,6 +37,21 @@ class UserError(ValueError):
     """
 
 
+@contextlib.contextmanager
+def clear_errors(action, remedy):
+    """Raise a failure of network, disk, archive or another process as a UserError.
+
+    It reads "ACTION failed (REASON); REMEDY".
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            remedy = "the disk is full: make room and run again"
+        reason = str(getattr(error, "reason", error)).partition("\n")[0]
+        raise UserError(f"{action} failed ({reason}); {remedy}") from None
+
+
 def processes():
     """The rank of this process and the number of processes that torchrun has started.
 
@@ -47,41 +63,43 @@ def processes():
 
 
 def progress(items, total, what):
-    """Yield from `items` and show on stderr how far `what` is and the time left.
+    """Yield from `items`, and show on stderr how many of `total` are done and the time left.
 
     In a terminal that is one line, rewritten twice a second; in a log file it is a line
     a minute.
     """
-    terminal = sys.stderr.isatty()
-    interval = 0.5 if terminal else 60
-    reports = processes()[0] == 0
+    is_terminal = sys.stderr.isatty()
+    interval = 0.5 if is_terminal else 60
+    is_first = processes()[0] == 0
     start = last_shown = time.monotonic()
 
     for done, item in enumerate(items):
         now = time.monotonic()
-        if reports and done > 0 and now - last_shown > interval:
+        if is_first and done > 0 and now - last_shown > interval:
             last_shown = now
             seconds_left = int((now - start) / done * (total - done))
             minutes, seconds = divmod(seconds_left, 60)
             text = f"  {what} {done}/{total}, {minutes}:{seconds:02d} left"
-            if terminal:
+            if is_terminal:
+                # \r goes to the start of the line, \x1b[K erases what is right of it.
                 print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
             else:
                 print(text, file=sys.stderr, flush=True)
         yield item
 
-    if terminal and last_shown != start:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # erase the line
+    if is_terminal and last_shown != start:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------ splits
 
 class Split(NamedTuple):
-    """Images and labels of some of a data set's classes, e.g. of those to train with.
+    """Images with their labels and class names.
 
-    Labels run from 0 to `len(class_names) - 1`. Ambiguity says how hard an image is to
-    recognise; it is known for toy and for corrupted images only. Corruption is how much
-    noise and erasing `Images` adds.
+    It is a whole data set, or the classes to train, validate or test with. Labels run
+    from 0 to `len(class_names) - 1`. Ambiguity says how hard an image is to recognise;
+    it is known for toy and for corrupted images only. Corruption says how much the
+    dataset `Images` spoils an image by noise and erasing.
     """
     images: list  # N paths, or N uint8 arrays (H, W)
     labels: torch.Tensor  # (N,) int64
@@ -90,8 +108,12 @@ class Split(NamedTuple):
     corruption: Optional[torch.Tensor] = None  # (N,) in [0, 1]
 
 
-# How many training and test images the published splits have. Results on fewer compare
-# with nobody else's.
+def usual_ks(dataset):
+    """The k for which papers report Recall@k on a data set."""
+    return (1, 10, 100, 1000) if dataset == "sop" else (1, 2, 4, 8)
+
+
+# Numbers of training and test images in the published splits.
 PUBLISHED = {
     "cub200": (5864, 5924),
     "cars196": (8054, 8131),
@@ -99,17 +121,13 @@ PUBLISHED = {
 }
 
 
-def usual_ks(dataset):
-    """The k for which papers report Recall@k on a data set."""
-    return (1, 10, 100, 1000) if dataset == "sop" else (1, 2, 4, 8)
-
-
 def load(name, root):
     """The training and the test Split of the data set `name` in the folder `root`.
 
-    Downloads CUB200-2011 and SOP where they are missing. Warns of a subset and of
-    classes with one training image. Raises UserError for whatever is missing, empty or
-    unreadable.
+    Downloads CUB200-2011 and SOP where they are missing. Warns where the numbers of
+    images are not the published ones, and where training classes have a single image.
+    Raises UserError for a download that fails, for files that are missing or cannot be
+    read, and for a data set without training or test images.
     """
     if name == "toy":
         return load_toy()
@@ -122,10 +140,9 @@ def load(name, root):
             "unpack the data again"
         )
 
-    # A folder of one's own has no published numbers, and is never called a subset.
     counts = len(train.images), len(test.images)
-    published = PUBLISHED.get(name, counts)
-    if counts != published:
+    published = PUBLISHED.get(name)  # None for a folder of one's own
+    if published and counts != published:
         warnings.warn(
             f"{root} holds {counts[0]} training and {counts[1]} test images of {name}, "
             f"the published split {published[0]} and {published[1]}: "
@@ -150,7 +167,8 @@ def load_splits(args):
     """
     rank, world = processes()
 
-    # Rank 0 loads first, because it may have to download; the others wait for it.
+    # Rank 0 loads first, because it may have to download. The others wait for it; where
+    # it fails, so does their wait.
     if rank > 0:
         with clear_errors("waiting for the first process", "its own message says why"):
             dist.barrier()
@@ -179,77 +197,89 @@ def class_range(split, first, last):
     )
 
 
-def halves(split, root):
+def halves(split):
     """The first half of the classes, to train with, and the second half, to test with.
 
-    This is the field's protocol, except for SOP. Raises UserError, which names `root`,
-    where there are fewer than two classes.
+    This is the field's protocol, except for SOP.
     """
-    number = len(split.class_names)
-    if number < 2:
-        raise UserError(
-            f"{root} holds {number} class(es), "
-            "but training and test need at least one each: "
-            "give the folder that holds a sub-folder for each class"
-        )
-    middle = number // 2
-    return class_range(split, 0, middle), class_range(split, middle, number)
+    num_classes = len(split.class_names)
+    middle = num_classes // 2
+    return class_range(split, 0, middle), class_range(split, middle, num_classes)
 
 
 def hold_out(split, fraction):
-    """The Split without the last `fraction` of its classes, and the Split of these.
+    """The Split without the last `fraction` of its classes, and a Split of those classes.
 
     At least two classes are held out, because retrieval within one class is trivial.
     """
-    number = len(split.class_names)
-    remaining = number - max(2, round(fraction * number))
+    num_classes = len(split.class_names)
+    remaining = num_classes - max(2, round(fraction * num_classes))
     if remaining < 2:
         raise UserError(
-            f"--val_fraction {fraction} leaves {remaining} of {number} training "
+            f"--val_fraction {fraction} leaves {remaining} of {num_classes} training "
             "classes: at least two have to remain on either side"
         )
-    return class_range(split, 0, remaining), class_range(split, remaining, number)
+    return class_range(split, 0, remaining), class_range(split, remaining, num_classes)
 
 
 # ----------------------------------------------------------------------------- readers
 
+# `root` is --data_root, `base` the folder of one data set.
+
 def load_cub200(root):
-    """CUB200-2011: 5,864 training and 5,924 test images, from three lists."""
-    base = find_or_fetch(root, "CUB_200_2011", "images.txt", CUB_URL, CUB_MD5)
+    """CUB200-2011, from three lists that are joined by their ids."""
+    base = find_or_fetch(root, CUB_URL, CUB_MD5, "CUB_200_2011", "images.txt")
     classes = read_table(base / "classes.txt", 2)  # class id, class name
     images = read_table(base / "images.txt", 2)  # image id, path
-    class_of_image = dict(read_table(base / "image_class_labels.txt", 2))
+    pairs = read_table(base / "image_class_labels.txt", 2)  # image id, class id
+    class_of_image = dict(pairs)
     label_of_class = {class_id: label for label, (class_id, _) in enumerate(classes)}
 
     try:
         labels = [label_of_class[class_of_image[image_id]] for image_id, _ in images]
     except KeyError as error:
         raise UserError(
-            f"{base} has no class for the id {error} of images.txt: "
-            "unpack the archive again"
+            f"{base} has no class for the id {error}: unpack the archive again"
         ) from None
 
     paths = [base / "images" / path for _, path in images]
     names = [name for _, name in classes]
-    return halves(Split(paths, torch.tensor(labels), names), base)
+    return halves(Split(paths, torch.tensor(labels), names))
 
 
 def load_cars196(root):
-    """Cars196: 8,054 training and 8,131 test images, in either layout in circulation.
+    """Cars196, in either of the two layouts in circulation.
 
     The older layout has cars_annos.mat and car_ims/. The newer one has devkit/,
     cars_train/, cars_test/ and cars_test_annos_withlabels.mat. Both list the same
-    16,185 images, numbered differently. The authors' own train and test images share
-    all classes; for retrieval, classes 1 to 98 of both train and 99 to 196 test.
+    images, numbered differently. The authors' own training and test images share all
+    classes, so all images are put together and split by class: 1 to 98 train, 99 to
+    196 test.
     """
     root = Path(root)
-    unpack_cars196(root)
+    archive = root / "car_ims.tgz"
+    if archive.exists() and not (root / "car_ims").exists():
+        check_md5(archive, CARS_IMAGES_MD5)
+        check_md5(root / "cars_annos.mat", CARS_LIST_MD5)
+        unpack(archive, root, "car_ims")
+
     for base in (root / "stanford_cars", root / "cars196", root):
-        devkit_list = base / "devkit/cars_train_annos.mat"
-        if (base / "cars_annos.mat").exists() and (base / "car_ims").is_dir():
-            return halves(read_older_cars196(base), base)
-        if devkit_list.exists() and (base / "cars_train").is_dir():
-            return halves(read_newer_cars196(base), base)
+        older_list = base / "cars_annos.mat"
+        if older_list.exists() and (base / "car_ims").is_dir():
+            folders = {older_list: base}
+            return halves(read_cars196(folders, "relative_im_path", older_list))
+
+        train_list = base / "devkit/cars_train_annos.mat"
+        test_list = base / "cars_test_annos_withlabels.mat"
+        if train_list.exists() and (base / "cars_train").is_dir():
+            if not test_list.exists():
+                raise UserError(
+                    f"{test_list} is missing: "
+                    "put it there, it holds half of Cars196's labels"
+                )
+            folders = {train_list: base / "cars_train", test_list: base / "cars_test"}
+            return halves(read_cars196(folders, "fname", base / "devkit/cars_meta.mat"))
+
     raise UserError(
         f"Cars196 was not found in {root}, and its official address is dead: "
         "put there either car_ims.tgz and cars_annos.mat, or the folders devkit/, "
@@ -258,64 +288,32 @@ def load_cars196(root):
     )
 
 
-def unpack_cars196(root):
-    """Unpack car_ims.tgz once, where a user has put it into `root`."""
-    archive = root / "car_ims.tgz"
-    if archive.exists() and not (root / "car_ims").exists():
-        check_md5(archive, "d5c8f0aa497503f355e17dc7886c3f14")
-        check_md5(root / "cars_annos.mat", "b407c6086d669747186bd1d764ff9dbc")
-        unpack(archive, root, "car_ims")
+def read_cars196(folders, path_field, names_file):
+    """A Split of all images of Cars196.
+
+    `folders` maps each list of images to the folder that its paths are relative to.
+    """
+    paths, labels = [], []
+    for image_list, folder in folders.items():
+        rows = read_mat(image_list, "annotations", path_field, "class")
+        for path, class_number in rows:
+            paths.append(folder / str(path))
+            labels.append(int(class_number) - 1)  # class numbers begin at 1
+    names = [str(name) for name in read_mat(names_file, "class_names")]
+    return Split(paths, torch.tensor(labels), names)
 
 
-def read_older_cars196(base):
-    """A Split of all images, from the one list of the older layout."""
-    annotations = base / "cars_annos.mat"
-    rows, names = read_mat(
-        annotations, "annotations", "relative_im_path", "class_names"
-    )
-    return cars196_split(base, rows, names)
+def read_mat(path, variable, *fields):
+    """The values of a variable in one of Cars196's MATLAB files, as a list.
 
-
-def read_newer_cars196(base):
-    """A Split of all images, from the two lists of the newer layout."""
-    train_list = base / "devkit/cars_train_annos.mat"
-    test_list = base / "cars_test_annos_withlabels.mat"
-    if not test_list.exists():
-        raise UserError(
-            f"{test_list} is missing: put it there, it holds half of Cars196's labels"
-        )
-
-    rows = []
-    for folder, annotations in (("cars_train", train_list), ("cars_test", test_list)):
-        listed, _ = read_mat(annotations, "annotations", "fname")
-        rows += [(f"{folder}/{path}", number) for path, number in listed]
-    names = read_mat(base / "devkit/cars_meta.mat")["class_names"]
-    return cars196_split(base, rows, [str(name) for name in names])
-
-
-def cars196_split(base, rows, names):
-    """A Split of rows (path, class number), whose class numbers begin at 1."""
-    paths = [base / path for path, _ in rows]
-    labels = torch.tensor([number - 1 for _, number in rows])
-    return Split(paths, labels, names)
-
-
-def read_mat(path, variable=None, file_field=None, names_variable=None):
-    """The content of one of Cars196's MATLAB files.
-
-    Without `variable` it is a dictionary of all variables in the file. With it, it is
-    a list of rows (file name, class number), and a list of class names, which is None
-    unless `names_variable` is given. Raises UserError for a file that cannot be read.
+    With `fields`, it is a list of tuples of these fields of each value. Raises
+    UserError for a file that cannot be read.
     """
     try:
-        mat = scipy.io.loadmat(path, squeeze_me=True)
-        if variable is None:
-            return mat
-        entries = np.atleast_1d(mat[variable])
-        rows = [(str(entry[file_field]), int(entry["class"])) for entry in entries]
-        if names_variable is None:
-            return rows, None
-        return rows, [str(name) for name in mat[names_variable]]
+        values = np.atleast_1d(scipy.io.loadmat(path, squeeze_me=True)[variable])
+        if not fields:
+            return list(values)
+        return [tuple(value[field] for field in fields) for value in values]
     except (
         OSError,
         ValueError,
@@ -331,84 +329,82 @@ def read_mat(path, variable=None, file_field=None, names_variable=None):
 
 
 def load_sop(root):
-    """Stanford Online Products, split by its own two lists.
-
-    11,318 classes with 59,551 images train, 11,316 classes with 60,502 images test.
-    """
+    """Stanford Online Products, split by its own two lists."""
     folder = "Stanford_Online_Products"
-    base = find_or_fetch(root, folder, "Ebay_train.txt", SOP_URL, SOP_MD5)
+    base = find_or_fetch(root, SOP_URL, SOP_MD5, folder, "Ebay_train.txt")
     return read_sop(base, "Ebay_train.txt"), read_sop(base, "Ebay_test.txt")
 
 
 def read_sop(base, name):
-    """A Split of the images in one list of SOP's."""
+    """A Split of the images that one of SOP's two lists names."""
     # Below a line of headings: image id, class id, super-class id, path.
     rows = read_table(base / name, 4)[1:]
     paths = [base / path for _, _, _, path in rows]
     class_ids = [int(class_id) for _, class_id, _, _ in rows]
-
-    classes = sorted(set(class_ids))
-    label_of_class = {class_id: label for label, class_id in enumerate(classes)}
-    labels = torch.tensor([label_of_class[class_id] for class_id in class_ids])
-    return Split(paths, labels, [str(class_id) for class_id in classes])
+    classes, labels = np.unique(class_ids, return_inverse=True)
+    names = [str(class_id) for class_id in classes]
+    return Split(paths, torch.as_tensor(labels), names)
 
 
 def load_folder(root):
     """One's own photographs, in a sub-folder for each class.
 
-    Classes are sorted by name. Pictures that are in no sub-folder are left out.
+    Classes are sorted by name. Pictures that are in no sub-folder are left out, and so
+    are sub-folders without a picture, with a warning. Raises UserError where there are
+    fewer than two classes.
     """
-    if not Path(root).is_dir():
+    root = Path(root)
+    if not root.is_dir():
         raise UserError(
             f"{root} is no folder: "
             "give --data_root the folder that holds a sub-folder for each class"
         )
+
     split = load_pictures(root)
-    for folder in sorted(Path(root).iterdir()):
+    for folder in sorted(root.iterdir()):
         is_class = folder.is_dir() and not folder.name.startswith(".")
         if is_class and folder.name not in split.class_names:
             warnings.warn(f"{folder} holds no image and is left out")
 
-    # The class "", of pictures in no sub-folder, is the first one where it exists.
-    first = split.class_names.count("")
-    return halves(class_range(split, first, len(split.class_names)), root)
+    # Pictures in no sub-folder have the class "", which is sorted before all others.
+    first = 1 if split.class_names[0] == "" else 0
+    split = class_range(split, first, len(split.class_names))
+    if len(split.class_names) < 2:
+        raise UserError(
+            f"{root} holds {len(split.class_names)} class(es), "
+            "but training and test need at least one each: "
+            "give the folder that holds a sub-folder for each class"
+        )
+    return halves(split)
 
 
 def load_pictures(folder):
-    """A Split of all pictures below a folder.
+    """A Split of all pictures below a folder, sorted by path, without hidden ones.
 
     A picture's class is the sub-folder of `folder` that holds it, at any depth, or ""
     if it is in none. Raises UserError where there is no picture.
     """
-    paths = pictures_below(folder)
+    suffixes = set(Image.registered_extensions())
+    paths, classes = [], []
+    for path in sorted(Path(folder).rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if path.suffix.lower() in suffixes and not hidden and not path.is_dir():
+            paths.append(path)
+            classes.append(parts[0] if len(parts) > 1 else "")
+
     if not paths:
         raise UserError(
             f"{folder} is no folder, or there is no image below it: "
             "give a folder with images"
         )
-    classes = []
-    for path in paths:
-        below = path.relative_to(folder).parts
-        classes.append(below[0] if len(below) > 1 else "")
     names, labels = np.unique(classes, return_inverse=True)
     return Split(paths, torch.as_tensor(labels), names.tolist())
 
 
-def pictures_below(folder):
-    """Sorted paths of the pictures at any depth below a folder, without hidden ones."""
-    suffixes = set(Image.registered_extensions())
-    pictures = []
-    for path in Path(folder).rglob("*"):
-        below = path.relative_to(folder).parts
-        hidden = any(name.startswith(".") for name in below)
-        if path.suffix.lower() in suffixes and not hidden and not path.is_dir():
-            pictures.append(path)
-    return sorted(pictures)
-
-
 def read_table(path, columns):
     """The rows of a text file of space-separated columns; the last may hold spaces."""
-    lines = Path(path).read_text().splitlines()
+    lines = path.read_text().splitlines()
     rows = [line.strip().split(None, columns - 1) for line in lines if line.strip()]
     if not rows or any(len(row) != columns for row in rows):
         raise UserError(
@@ -431,13 +427,15 @@ DATASETS = ("toy", *LOADERS)
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
+CARS_IMAGES_MD5 = "d5c8f0aa497503f355e17dc7886c3f14"  # of car_ims.tgz
+CARS_LIST_MD5 = "b407c6086d669747186bd1d764ff9dbc"  # of cars_annos.mat
 SOP_URL = "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"
 SOP_MD5 = "7f73d41a2f44250d4779881525aea32e"
 
 MIB = 2 ** 20  # bytes
 
 
-def find_or_fetch(root, folder, marker, url, md5):
+def find_or_fetch(root, url, md5, folder, marker):
     """The folder that holds the file `marker`: `folder` below `root`, or `root` itself.
 
     Where neither does, the data set is downloaded. Raises UserError for a `folder` that
@@ -476,24 +474,34 @@ def fetch(root, url, md5, folder):
 
 
 def download(url, path):
-    """Write the content of `url` to `path`; over HTTP, only what `path` lacks of it."""
+    """Download `url` to `path`. Over HTTP, go on where an earlier download stopped.
+
+    Raises OSError for a connection that fails, and UserError for a disk too small.
+    """
     done = path.stat().st_size if path.exists() else 0
     headers = {"Range": f"bytes={done}-"} if done else {}
     request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        # 416: nothing is left to send. The digest will say whether `path` is right.
+        # 416: nothing is left to send. `fetch` checks the digest.
         if error.code == 416:
             return
         raise
 
     # 206: the server sends the part that we asked for; otherwise it sends everything.
+    # A response over FTP has no status.
     mode = "ab" if getattr(response, "status", None) == 206 else "wb"
     with response, open(path, mode) as file:
         start = file.tell()
         length = int(response.headers.get("Content-Length") or 0)
-        check_space(path.parent, url, 2 * length)  # the archive and its contents
+        needed = 2 * length  # for the archive and its contents
+        free = shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise UserError(
+                f"{path.parent} has {free // MIB} MiB free, but {url} needs about "
+                f"{needed // MIB} MiB with its contents: make room and run again"
+            )
 
         print(f"downloading {url} ({length // MIB} MiB)", flush=True)
         for block in progress(blocks(response), math.ceil(length / MIB), "MiB"):
@@ -508,16 +516,6 @@ def blocks(file):
     """The content of an open file or response, one MiB at a time."""
     while block := file.read(MIB):
         yield block
-
-
-def check_space(folder, url, needed):
-    """Raise UserError where fewer than `needed` bytes are free on the disk."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} has {free // MIB} MiB free, but {url} needs about "
-            f"{needed // MIB} MiB with its contents: make room and run again"
-        )
 
 
 def check_md5(path, md5):
@@ -555,27 +553,13 @@ def unpack(archive, root, folder):
 def extract(archive, target):
     """Unpack an archive below the folder `target`, and nothing outside of it."""
     if zipfile.is_zipfile(archive):
-        # `extractall` moves what would come to lie outside of `target` into it.
+        # A zip's members that point outside of `target` are put inside.
         with zipfile.ZipFile(archive) as file:
             file.extractall(target)
     else:
+        # The filter refuses a tar's members that point outside of `target`.
         with tarfile.open(archive) as file:
             file.extractall(target, filter="data")
-
-
-@contextlib.contextmanager
-def clear_errors(action, remedy):
-    """Turn what can go wrong between a server and a disk into a UserError.
-
-    It reads "ACTION failed (REASON); REMEDY".
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            remedy = "the disk is full: make room and run again"
-        reason = str(getattr(error, "reason", error)).partition("\n")[0]
-        raise UserError(f"{action} failed ({reason}); {remedy}") from None
 
 
 # ---------------------------------------------------------------------- toy characters
@@ -583,49 +567,44 @@ def clear_errors(action, remedy):
 def load_toy(seed=0, classes=200, per_class=20, size=32):
     """Made-up characters: 100 training and 100 test classes of 20 drawings, 32 x 32.
 
-    A class is two to four curved strokes, and how much its drawings vary in slant, in
-    thickness and in size: much in one of the three, little in the others, so that each
-    class is non-isotropic in its own way. A drawing's ambiguity, uniform in [0, 1], is
-    how much of it is missing and how blurred it is. Everything follows from `seed`.
+    A class has two to four curved strokes. Its drawings vary in slant, thickness and
+    size: much in one of the three, little in the others, so that each class is
+    non-isotropic in its own way. A drawing's ambiguity, uniform in [0, 1], is how much
+    of it is missing and how blurred it is. All pixels have a little noise. Everything
+    follows from `seed`.
     """
     rng = torch.Generator().manual_seed(seed)
+
+    # What the drawings of a class have in common: the control points of its strokes
+    # in [-1, 1]^2, and how much slant, thickness and size vary.
+    control = 2 * torch.rand(classes, 4, 3, 2, generator=rng) - 1
+    num_strokes = torch.randint(2, 5, (classes, 1), generator=rng)
+    has_stroke = torch.arange(4) < num_strokes  # (classes, 4)
+    variation = torch.full((classes, 3), 0.25)
+    large = torch.randint(3, (classes,), generator=rng)
+    variation[torch.arange(classes), large] = 1.0
+
     labels = torch.arange(classes).repeat_interleave(per_class)  # (N,)
-    position = torch.linspace(0, 1, 24)  # of the points along a stroke, (T,)
-
-    control, present, variation = class_strokes(classes, rng)
     ambiguity = torch.rand(len(labels), generator=rng)
-    points, thickness = vary_strokes(control[labels], variation[labels], position, rng)
+    t = torch.linspace(0, 1, 24)  # positions along a stroke, (T,)
+    points, log_thickness = vary_strokes(control[labels], variation[labels], t, rng)
 
-    missing = stroke_gaps(ambiguity, position, rng)
-    inked = present[labels].unsqueeze(2) & ~missing  # (N, 4, T)
-    points[~inked] = 99.0  # off the paper
+    # Each stroke has a gap, of up to 90 % of its length in the most ambiguous drawings.
+    length = torch.rand(len(labels), 4, 1, generator=rng)
+    length = 0.9 * ambiguity.view(-1, 1, 1) * length
+    start = (1 - length) * torch.rand(len(labels), 4, 1, generator=rng)
+    missing = (t >= start) & (t < start + length)  # (N, 4, T)
+    points[missing | ~has_stroke[labels].unsqueeze(2)] = 99.0  # off the paper
 
-    ink = render(points, thickness, size)
+    ink = render(points, log_thickness, size)
     ink = blur(ink, ambiguity)
     ink = ink + 0.05 * torch.randn(ink.shape, generator=rng)
     images = (255 * (1 - ink.clamp(0, 1))).to(torch.uint8).numpy()  # dark on white
     names = [f"character{c:03d}" for c in range(classes)]
-    return halves(Split(list(images), labels, names, ambiguity), "toy")
+    return halves(Split(list(images), labels, names, ambiguity))
 
 
-def class_strokes(classes, rng):
-    """What all drawings of a class have in common, for C classes.
-
-    Returns four strokes of three control points in [-1, 1]^2 each (C, 4, 3, 2); which
-    of the four the class has (C, 4); and how much slant, thickness and size vary among
-    its drawings (C, 3).
-    """
-    control = 2 * torch.rand(classes, 4, 3, 2, generator=rng) - 1
-    number = torch.randint(2, 5, (classes, 1), generator=rng)
-    present = torch.arange(4) < number
-
-    variation = torch.full((classes, 3), 0.25)
-    large = torch.randint(3, (classes,), generator=rng)
-    variation[torch.arange(classes), large] = 1.0
-    return control, present, variation
-
-
-def vary_strokes(control, variation, position, rng):
+def vary_strokes(control, variation, t, rng):
     """The points (N, 4, T, 2) of each drawing's strokes, and its log thickness (N,).
 
     `control` (N, 4, 3, 2) and `variation` (N, 3) are those of the drawing's class. Each
@@ -634,36 +613,29 @@ def vary_strokes(control, variation, position, rng):
 
         (1 - t)^2 p0 + 2 t (1 - t) p1 + t^2 p2
     """
-    number = len(control)
-    control = control + 0.12 * torch.randn(number, 4, 3, 2, generator=rng)
-    variables = torch.randn(number, 3, generator=rng) * variation
-    slant, thickness, scale = variables.unbind(1)
+    control = control + 0.12 * torch.randn(control.shape, generator=rng)
+    normal = torch.randn(variation.shape, generator=rng)
+    slant, log_thickness, log_scale = (normal * variation).unbind(1)
 
-    t = position
+    # Drawing n, stroke s, control point k, position t, coordinate c.
     basis = torch.stack([(1 - t) ** 2, 2 * t * (1 - t), t ** 2], dim=1)  # (T, 3)
-    points = torch.einsum("tk,nbkc->nbtc", basis, control)  # (N, 4, T, 2)
+    points = torch.einsum("tk,nskc->nstc", basis, control)  # (N, 4, T, 2)
 
     x, y = points.unbind(3)
     x = x + (0.4 * slant).view(-1, 1, 1) * y
-    factor = 0.62 * torch.exp(0.22 * scale)
-    shift = 0.08 * torch.randn(number, 1, 1, 2, generator=rng)
-    points = torch.stack([x, y], dim=3) * factor.view(-1, 1, 1, 1) + shift
-    return points, thickness
+    scale = 0.62 * torch.exp(0.22 * log_scale)
+    shift = 0.08 * torch.randn(len(points), 1, 1, 2, generator=rng)
+    points = torch.stack([x, y], dim=3) * scale.view(-1, 1, 1, 1) + shift
+    return points, log_thickness
 
 
-def stroke_gaps(ambiguity, position, rng):
-    """Which points (N, 4, T) of the strokes are missing: one gap in each stroke.
+def render(points, log_thickness, size):
+    """Ink (N, size, size) in [0, 1], which fades away from the strokes.
 
-    It takes up to 90 % of the length in the most ambiguous drawings.
+    With a pixel's distance from the nearest point, and the width of the strokes,
+
+        ink = sigmoid((width - distance) / 0.02)
     """
-    number = len(ambiguity)
-    length = 0.9 * ambiguity.view(-1, 1, 1) * torch.rand(number, 4, 1, generator=rng)
-    start = torch.rand(number, 4, 1, generator=rng) * (1 - length)
-    return (position >= start) & (position < start + length)
-
-
-def render(points, thickness, size):
-    """Ink (N, size, size) in [0, 1], which fades away from the nearest point."""
     grid = torch.linspace(-1, 1, size)
     pixel_x = grid.view(1, 1, -1, 1)
     pixel_y = grid.view(1, -1, 1, 1)
@@ -676,7 +648,7 @@ def render(points, thickness, size):
         nearest.append(squared.amin(3))
     distance = torch.cat(nearest).sqrt()
 
-    width = 0.07 * torch.exp(0.45 * thickness)
+    width = 0.07 * torch.exp(0.45 * log_thickness)
     return torch.sigmoid((width.view(-1, 1, 1) - distance) / 0.02)
 
 
@@ -692,7 +664,7 @@ def blur(ink, ambiguity):
 
 # ------------------------------------------------------------------------------ images
 
-# Of ImageNet's images, for red, green and blue in [0, 1].
+# ImageNet's mean and standard deviation of red, green and blue, in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
@@ -713,13 +685,11 @@ class Images(torch.utils.data.Dataset):
         return len(self.split.images)
 
     def __getitem__(self, item):
-        if isinstance(item, (tuple, list)):
-            index, seed = item
-        else:
-            index, seed = item, 0
+        index, seed = item if isinstance(item, tuple) else (item, 0)
         image = read_image(self.split.images[index], self.transform)
 
-        # Transforms use torch's own generator; afterwards it is put back as it was.
+        # Transforms use torch's own generator; afterwards it is put back as it was. Not
+        # so the generators of GPUs, which torch.manual_seed would seed as well.
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
         image = self.transform(image)
@@ -737,20 +707,18 @@ def train_transform(size, augment):
     `photo` crops and mirrors as the papers do. `light` is for drawings, which survive
     neither a crop to 8 % of their area nor a mirror.
     """
-    photo = transforms.RandomResizedCrop(size)
-    light = transforms.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25))
-    steps = {
-        "photo": [photo, transforms.RandomHorizontalFlip()],
-        "light": [light],
+    crops = {
+        "photo": [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()],
+        "light": [transforms.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25))],
     }
-    return transforms.Compose([*steps[augment], transforms.PILToTensor()])
+    return transforms.Compose([*crops[augment], transforms.PILToTensor()])
 
 
 def test_transform(size, augment):
     """The central `size` x `size` pixels for testing.
 
     `photo` resizes to 256 and crops 224, as the papers do, or the same ratio at other
-    sizes. `light` keeps the whole picture.
+    sizes. `light` crops nothing but what makes the picture square.
     """
     short_side = size if augment == "light" else round(size * 256 / 224)
     return transforms.Compose([
@@ -772,10 +740,10 @@ def read_image(source, transform=None):
         if isinstance(source, Image.Image):
             return source.convert("RGB")
         with Image.open(source) as image:
-            scale = reduction(transform, *image.size)
-            if scale > 1:
+            factor = reduction(transform, *image.size)
+            if factor > 1:
                 # This has no effect on other formats than JPEG.
-                image.draft(None, (image.width // scale, image.height // scale))
+                image.draft(None, (image.width // factor, image.height // factor))
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
@@ -786,25 +754,23 @@ def read_image(source, transform=None):
 def reduction(transform, width, height):
     """By which factor, 1, 2, 4 or 8, a JPEG may be reduced while it is decoded.
 
-    That is several times faster. The factor is the largest with which `transform`
-    enlarges nothing that it would not enlarge anyway. Images of less than a megapixel
-    are not reduced, because little would be gained.
+    That is several times faster. It is the largest factor that leaves each crop at
+    least as large as the output of `transform`, if it was so before. Images of less
+    than a megapixel are not reduced, because little would be gained.
     """
-    steps = getattr(transform, "transforms", None)
-    if not steps or width * height < 2 ** 20:
-        return 1
+    first = None
+    if width * height >= 2 ** 20 and getattr(transform, "transforms", None):
+        first = transform.transforms[0]
 
-    first = steps[0]
+    largest = 1
     short_side = min(width, height)
     if isinstance(first, transforms.Resize) and isinstance(first.size, int):
         largest = short_side / first.size
     elif isinstance(first, transforms.RandomResizedCrop):
-        # The narrowest crop has the least area and the least ratio of width to height.
-        # It is as wide as the short side where it would otherwise not fit.
+        # A crop of area a and ratio r = width / height is sqrt(a r) wide, or as wide as
+        # the short side, if that is less. The narrowest has the least a and r.
         narrowest = math.sqrt(first.scale[0] * first.ratio[0] * width * height)
         largest = min(narrowest, short_side) / max(first.size)
-    else:
-        return 1
     return max([factor for factor in (2, 4, 8) if factor <= largest], default=1)
 
 
@@ -846,100 +812,6 @@ def corrupt(image, amount, seed):
 
 # ----------------------------------------------------------------------------- batches
 
-class ClassBatches:
-    """Random batches of `batch_size` images, in groups of `per_class` of one class.
-
-    Iterating yields lists of (image index, augmentation seed), as `Images` takes them.
-    All follows from `seed` and from `epoch`, which the caller sets. Where there are
-    several processes, each sets `process_slice` to its own part of these lists.
-
-    The images of a class are shuffled and cut into groups. A batch takes the next group
-    of several different classes. These are drawn in proportion to the groups they have
-    left; a class with as many groups left as there are batches left must be in all of
-    them. So an epoch shows every image, unless a class has more groups than the epoch
-    has room for: then it shows as many as fit, different ones in each epoch.
-
-    With fewer classes than groups in a batch, classes give several groups to a batch,
-    and a warning says so. Raises UserError for a batch size that does not fit.
-    """
-
-    def __init__(self, labels, batch_size, per_class=2, seed=0):
-        check_batch_size(labels, batch_size, per_class)
-        self.per_class = per_class
-        self.seed = seed
-        self.epoch = 0
-        self.process_slice = slice(None)
-
-        num_classes = int(labels.max()) + 1
-        self.images_of = [
-            torch.nonzero(labels == c).flatten() for c in range(num_classes)
-        ]
-        self.group_counts = torch.tensor([
-            math.ceil(len(images) / per_class) for images in self.images_of
-        ])
-        groups_per_batch = batch_size // per_class
-        self.length = math.ceil(int(self.group_counts.sum()) / groups_per_batch)
-
-        # As a rule there are more classes than groups in a batch: then there is no full
-        # round of all classes, and every group is of a class drawn at random.
-        self.full_rounds, self.num_drawn = divmod(groups_per_batch, num_classes)
-        if groups_per_batch > num_classes:
-            most = per_class * math.ceil(groups_per_batch / num_classes)
-            warnings.warn(
-                f"{num_classes} training classes cannot fill a batch of {batch_size} "
-                f"with {per_class} images each: it holds up to {most} of a class"
-            )
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        all_classes = list(range(len(self.images_of)))
-        queues = [[] for _ in all_classes]  # the shuffled images of each class
-        groups_left = self.group_counts - self.full_rounds * self.length
-        groups_left = groups_left.clamp(0, self.length)
-
-        for batches_left in range(self.length, 0, -1):
-            drawn = self.draw_classes(groups_left, batches_left, rng)
-            groups_left[drawn] = (groups_left[drawn] - 1).clamp(min=0)
-
-            batch = []
-            for c in all_classes * self.full_rounds + drawn.tolist():
-                batch += self.next_group(queues[c], self.images_of[c], rng)
-
-            seeds = torch.randint(2 ** 62, (len(batch),), generator=rng).tolist()
-            yield list(zip(batch, seeds))[self.process_slice]
-
-    def draw_classes(self, groups_left, batches_left, rng):
-        """Draw `num_drawn` different classes, weighted by the groups they have left.
-
-        By the Gumbel-top-k trick, such a weighted draw without replacement takes the
-        classes with the largest
-
-            log(groups left) - log(-log u),    u uniform in [0, 1]
-        """
-        u = torch.rand(len(groups_left), generator=rng).clamp(min=1e-30)
-        # A class without groups left is drawn only where there are too few others.
-        keys = groups_left.clamp(min=1e-9).log() - (-u.log()).log()
-        # A class that must be in all batches left is drawn for certain.
-        keys[groups_left >= batches_left] = math.inf
-        return keys.topk(self.num_drawn).indices
-
-    def next_group(self, queue, images, rng):
-        """Take the next `per_class` images of a class from its queue.
-
-        A queue that is too short first gets all images of the class in a new order, but
-        not those that it still holds, so that the images of a group differ.
-        """
-        if len(queue) < self.per_class:
-            shuffled = images[torch.randperm(len(images), generator=rng)].tolist()
-            while len(queue) < self.per_class:
-                others = [index for index in shuffled if index not in queue]
-                queue += others or shuffled  # a class with too few images repeats them
-        return [queue.pop(0) for _ in range(self.per_class)]
-
-
 def largest_batch(labels, per_class=2):
     """The largest batch size allowed: `per_class` images of each class.
 
@@ -965,3 +837,103 @@ def check_batch_size(labels, batch_size, per_class):
             f"--batch_size {batch_size} is more than {len(labels)} images of "
             f"{len(labels.unique())} training classes allow: use at most {largest}"
         )
+
+
+class ClassBatches:
+    """Random batches of `batch_size` images, in groups of `per_class` of one class.
+
+    Iterating yields lists of (image index, augmentation seed), as `Images` takes them.
+    All follows from `seed` and from `epoch`, which the caller sets. Where there are
+    several processes, each sets `process_slice` to its own part of these lists.
+
+    The images of a class are shuffled and cut into groups. A batch takes the next group
+    of several different classes. These are drawn in proportion to the groups they have
+    left; a class with as many groups left as there are batches left must be in all of
+    them. So an epoch shows every image, unless a class has more groups than the epoch
+    has room for: then it shows a random choice of as many as fit. The official code
+    draws classes and images with replacement instead (README).
+
+    With fewer classes than groups in a batch, classes give several groups to a batch,
+    and a warning says so. Raises UserError for a batch size that does not fit.
+    """
+
+    def __init__(self, labels, batch_size, per_class=2, seed=0):
+        check_batch_size(labels, batch_size, per_class)
+        self.per_class = per_class
+        self.seed = seed
+        self.epoch = 0
+        self.process_slice = slice(None)
+
+        num_classes = int(labels.max()) + 1
+        self.images_of = [
+            torch.nonzero(labels == c).flatten() for c in range(num_classes)
+        ]
+        self.group_counts = torch.tensor([
+            math.ceil(len(images) / per_class) for images in self.images_of
+        ])
+        groups_per_batch = batch_size // per_class
+        self.length = math.ceil(int(self.group_counts.sum()) / groups_per_batch)
+
+        # A batch has `full_rounds` groups of every class, and one more of `num_drawn`
+        # classes. As a rule it has fewer groups than there are classes: `full_rounds`
+        # is 0.
+        self.full_rounds, self.num_drawn = divmod(groups_per_batch, num_classes)
+        if groups_per_batch > num_classes:
+            most = per_class * math.ceil(groups_per_batch / num_classes)
+            warnings.warn(
+                f"{num_classes} training classes cannot fill a batch of {batch_size} "
+                f"with {per_class} images each: it holds up to {most} of a class"
+            )
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        # Two seeds have no epoch in common, because the factor is larger than any epoch.
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        all_classes = list(range(len(self.images_of)))
+        queues = [[] for _ in all_classes]  # the shuffled images of each class
+
+        # Full rounds need no draw. For the rest, a class is drawn at most once a batch.
+        groups_left = self.group_counts - self.full_rounds * self.length
+        groups_left = groups_left.clamp(0, self.length)
+
+        for batches_left in range(self.length, 0, -1):
+            drawn = self.draw_classes(groups_left, batches_left, rng)
+            groups_left[drawn] = (groups_left[drawn] - 1).clamp(min=0)
+
+            batch = []
+            for c in all_classes * self.full_rounds + drawn.tolist():
+                batch += self.next_group(queues[c], self.images_of[c], rng)
+
+            seeds = torch.randint(2 ** 62, (len(batch),), generator=rng).tolist()
+            yield list(zip(batch, seeds))[self.process_slice]
+
+    def draw_classes(self, groups_left, batches_left, rng):
+        """Draw `num_drawn` different classes, weighted by the groups they have left.
+
+        By the Gumbel-top-k trick, such a weighted draw without replacement takes the
+        classes with the largest
+
+            log(groups left) - log(-log u),    u uniform in [0, 1]
+        """
+        # u = 0 has no logarithm.
+        u = torch.rand(len(groups_left), generator=rng).clamp(min=1e-30)
+        # A class without groups left is drawn only where there are too few others.
+        keys = groups_left.clamp(min=1e-9).log() - (-u.log()).log()
+        # A class that must be in all batches left is drawn for certain.
+        keys[groups_left >= batches_left] = math.inf
+        return keys.topk(self.num_drawn).indices
+
+    def next_group(self, queue, images, rng):
+        """Take the next `per_class` images of a class from its queue.
+
+        A queue that is too short first gets all images of the class in a new order, but
+        not those that it still holds, so that the images of a group differ.
+        """
+        if len(queue) < self.per_class:
+            shuffled = images[torch.randperm(len(images), generator=rng)].tolist()
+            while len(queue) < self.per_class:
+                others = [index for index in shuffled if index not in queue]
+                queue += others or shuffled  # a class with too few images repeats them
+        return [queue.pop(0) for _ in range(self.per_class)]

@@ -11,8 +11,8 @@ log-likelihood, which is, up to a constant,
 
     L_NIR = mean_i (0.5 ||zeta_i||^2 - log|det J_i|),        zeta_i = tau^-1(psi_i | rho_y)
 
-It is added to any proxy loss, and needs no pairs of samples. The official code minimises an
-exponential of it instead: see the class `NIR`.
+It is added to any proxy loss, and needs no pairs of samples. The official code minimises
+mean_i exp(...) of the same terms instead: see the class `NIR`.
 
 In reading order: precision; three proxy losses; the flow; the proxy loss with NIR; the
 settings; main.
@@ -23,14 +23,17 @@ settings; main.
 
     paper         name in the code
     psi           `embeddings` (B, D) before they are L2-normalised, `psi` afterwards
-    rho           `proxies` (C, D); `rho` (B, D), the normalised proxy of each sample's class
+    rho           `proxies` (C, D), in SoftTriple (C, K, D); `rho` (B, D), the normalised proxy of
+                  each sample's class y, which is in `labels` (B,)
     tau           `GlowFlow.inverse`; tau^-1 is `GlowFlow.forward`
     zeta          `zeta` (B, D), the residual
     log|det J|    `log_det` (B,), where J is the Jacobian of tau^-1
+    p(psi | rho)  `GlowFlow.log_prob`, its logarithm
+    L_NIR         `NIR.nir`
 
 One step of the training, as `common.train_one_epoch` runs it. `network` is a backbone and one
 linear layer, `criterion` an instance of `NIR`, `optimizer` one Adam over network, proxies and
-flow. L_NIR has a gradient for all three.
+flow. L_NIR has a gradient for network, proxies and flow.
 
     embeddings = network(images)                        # (B, D), not normalised
     losses = criterion.losses(embeddings, labels)       # {"proxy": scalar, "nir": scalar}
@@ -51,10 +54,11 @@ import torch.nn.functional as F
 from torch import nn
 
 # ----------------------------------------------------------------------------------- precision
+# A decorator, so it comes first.
 
 
 def full_precision(function):
-    """Make a function compute in float32, also where autocast is on or half precision comes in.
+    """Make a function compute in float32, even under autocast or with half-precision arguments.
 
     float64 stays float64.
     """
@@ -114,7 +118,7 @@ class ProxyNCA(nn.Module):
 class ProxyAnchor(nn.Module):
     """Proxies as anchors: each pulls its positives and pushes its negatives away.
 
-    The hardest count most.
+    Those count most that are hardest: the farthest positives and the nearest negatives.
 
         L = 1/|P+| sum_{c in P+} log(1 + sum_{i of class c}     exp(-alpha (s_ic - margin)))
           + 1/C    sum_c         log(1 + sum_{i not of class c} exp( alpha (s_ic + margin)))
@@ -134,8 +138,9 @@ class ProxyAnchor(nn.Module):
         s = cosines(embeddings, self.proxies)           # (B, C)
         positive = F.one_hot(labels, num_classes).bool()
 
-        # log(1 + sum exp) is softplus(logsumexp), which cannot overflow. What does not belong to
-        # a sum gets the lowest finite number. (With -inf, a sum over nothing has a nan gradient.)
+        # log(1 + sum exp) is softplus(logsumexp), which cannot overflow. What does not belong
+        # to a sum gets the lowest finite number: -inf would put nan into the backward pass of a
+        # sum over nothing.
         lowest = torch.finfo(s.dtype).min
         pull = -self.alpha * (s - self.margin)
         push = self.alpha * (s + self.margin)
@@ -212,9 +217,9 @@ class Coupling(nn.Module):
         y1 = exp(s2) * x1 + t2    with (s2, t2) = subnet2(x2, cond)
         y2 = exp(s1) * x2 + t1    with (s1, t1) = subnet1(y1, cond)
 
-    Each of the two lines has a triangular Jacobian, so log|det J| is the sum of all s1 and s2. A
-    soft clamp keeps each scale within exp(+-clamp): s = clamp * 0.636 * atan(raw), where 0.636
-    is the official code's 2 / pi.
+    Each of the two lines has a triangular Jacobian, so log|det J| is the sum of all s1 and s2.
+    What a subnet gives for s is raw: the soft clamp s = clamp * 0.636 * atan(raw) keeps each
+    scale within exp(+-clamp). 0.636 is the official code's 2 / pi.
 
     From "Glow: Generative Flow with Invertible 1x1 Convolutions" (Kingma, Dhariwal, NeurIPS
     2018); the permutation, random but fixed, takes the place of the 1x1 convolution.
@@ -223,10 +228,9 @@ class Coupling(nn.Module):
     def __init__(self, dim, cond_dim, depth, width, clamp, seed):
         super().__init__()
         self.clamp = clamp
-        permutation = np.random.RandomState(seed).permutation(dim)      # the official code's
-        permutation = torch.from_numpy(permutation)
-        self.register_buffer("permutation", permutation)
-        self.register_buffer("undo", permutation.argsort())
+        order = np.random.RandomState(seed).permutation(dim)    # as in the official code
+        self.register_buffer("permutation", torch.from_numpy(order))
+        self.register_buffer("undo", self.permutation.argsort())
 
         half1 = dim // 2
         half2 = dim - half1
@@ -272,15 +276,16 @@ class Coupling(nn.Module):
 
 
 class GlowFlow(nn.Module):
-    """The translation tau between residuals zeta and embeddings psi, given the proxy rho.
+    """The flow tau, which maps residuals zeta to embeddings psi, given the proxy rho.
 
-    A stack of `num_blocks` couplings. psi and zeta are (B, dim), rho is (B, cond_dim).
-    Raises ValueError for a dim below 2.
+    The training needs only tau^-1, so that is `forward`. A stack of `num_blocks` couplings. psi
+    and zeta are (B, dim), rho is (B, cond_dim). Raises ValueError for a dim below 2.
     """
 
     def __init__(self, dim, cond_dim, num_blocks=5, depth=8, width=128, clamp=2.0):
         super().__init__()
         if dim < 2:
+            # It begins with the parameter's name: common.check_options makes --embed_dim of it.
             raise ValueError(
                 f"dim {dim} is too small: a coupling flow needs at least two dimensions to split"
             )
@@ -290,7 +295,7 @@ class GlowFlow(nn.Module):
 
     @full_precision
     def forward(self, psi, rho):
-        """zeta = tau^-1(psi | rho) (B, dim) and log|det J| of tau^-1 at psi (B,)."""
+        """psi, rho -> zeta = tau^-1(psi | rho) (B, dim), log|det J| (B,)."""
         zeta = psi
         log_det = psi.new_zeros(len(psi))
         for block in self.blocks:
@@ -300,7 +305,7 @@ class GlowFlow(nn.Module):
 
     @full_precision
     def inverse(self, zeta, rho):
-        """psi = tau(zeta | rho) (B, dim); the training does not need it."""
+        """zeta, rho -> psi = tau(zeta | rho) (B, dim)."""
         psi = zeta
         for block in reversed(self.blocks):
             psi = block.inverse(psi, rho)
@@ -324,15 +329,17 @@ class GlowFlow(nn.Module):
 class NIR(nn.Module):
     """A proxy loss with the NIR term: proxy_weight * L_proxy + nir_weight * L_NIR.
 
-    `form` chooses L_NIR, by the negative log-likelihood nll_i = -log p(psi_i | rho_y):
+    `form` chooses L_NIR, where nll_i = -log p(psi_i | rho_y):
 
         "nll", the paper's            mean_i nll_i
-        "exp", the official code's    mean_i exp(nll_i - D/2 log 2 pi)
+        "exp", the official code's    mean_i exp(0.5 ||zeta_i||^2 - log|det J_i|)
+
+    The exponent is nll_i without its constant D/2 log 2 pi.
 
     Embeddings lie on the unit sphere, which has no volume in R^D: the density there can grow
-    without bound, so "nll" keeps pulling for as long as it is trained. The gradient of "exp" is
-    that of "nll" divided by p, up to a constant. Where the flow fits, p is large and the gradient
-    nearly zero, like that of a satisfied hinge.
+    without bound, so "nll" keeps pulling for as long as it is trained. With "exp" the gradient
+    of each sample is that of nll_i times a constant over p(psi_i | rho_y). Where the flow fits,
+    p is large and the gradient nearly zero, like that of a satisfied hinge.
 
     psi and rho are L2-normalised. With several centres for each class, rho is the one nearest
     to psi.
@@ -351,7 +358,7 @@ class NIR(nn.Module):
         self.form, self.noise = form, noise
         self.nir_weight, self.proxy_weight = nir_weight, proxy_weight
         self.proxy_lr, self.flow_lr = proxy_lr, flow_lr
-        # Without a weight there is nothing to train.
+        # nir_weight 0 is the baseline: no flow.
         self.flow = GlowFlow(dim, cond_dim=dim) if nir_weight else None
 
     @full_precision
@@ -369,7 +376,7 @@ class NIR(nn.Module):
         return exponent.exp().mean()
 
     def own_proxies(self, psi, labels):
-        """rho (B, D), the normalised proxy of each sample's class; of several the nearest."""
+        """rho (B, D), the normalised proxy of each sample's class: the nearest, if several."""
         rho = F.normalize(self.proxy_loss.proxies, dim=-1)[labels]
         if rho.dim() == 2:
             return rho
@@ -379,7 +386,7 @@ class NIR(nn.Module):
         return rho[every_row, nearest]                                  # (B, K, D) -> (B, D)
 
     def losses(self, embeddings, labels):
-        """The weighted losses, {name: scalar}, whose sum is trained."""
+        """The weighted losses, {name: scalar}, whose sum is minimised; no "nir" without a flow."""
         weighted = {"proxy": self.proxy_weight * self.proxy_loss(embeddings, labels)}
         if self.flow is not None:
             weighted["nir"] = self.nir_weight * self.nir(embeddings, labels)
@@ -397,8 +404,9 @@ class NIR(nn.Module):
     def diagnostics(self, embeddings, labels):
         """How tight the batch's classes are, for the log: two mean cosines as {name: float}.
 
-        own_proxy_cosine: between an embedding and the proxy of its class, the nearest if there are
-        several. class_cosine: between two embeddings of a class.
+        own_proxy_cosine: between an embedding and the proxy of its class, the nearest if there
+        are several. class_cosine: between two embeddings of a class. embeddings (B, D) come
+        detached.
         """
         psi = F.normalize(embeddings)
         rho = self.own_proxies(psi, labels).detach()
@@ -414,13 +422,12 @@ class NIR(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- the settings
-# One row for each kind of run, whatever D is. Options on the command line override it.
+# The defaults of options that are not given: one row for each kind of run, whatever D is.
 #
-# The first six rows are the official settings, for a pretrained network. The baselines belong
-# to --nir_weight 0, which overrides their nir_weight: the flow's rate, form and noise are not
-# used there. `scratch` and `toy` are for a network that starts from nothing (--weights none), and
-# were found on validation classes: RESULTS.md. On toy the noise has the length 0.1 sqrt(64) = 0.8,
-# about the distance of two images of a class.
+# The first six rows are the official settings, for a pretrained network. `scratch` and `toy`
+# are for a network that starts from nothing (--weights none), and were found on validation
+# classes: RESULTS.md. On toy, whose D is 64, the noise has the length 0.1 sqrt(D) = 0.8, about
+# the distance of two images of a class.
 #
 # proxy_lr and flow_lr are multiples of lr. The backbone is not trained in the first `warmup`
 # epochs. After each of the epochs in lr_steps, all rates are multiplied by lr_gamma.
@@ -431,11 +438,13 @@ COLUMNS = (
     "proxy_lr", "flow_lr", "proxy_weight", "nir_form", "nir_weight", "nir_noise",
 )
 SETTINGS = {
-    #                   epochs  lr    lr_steps      warmup     flow_lr         nir_form   nir_noise
-    #                       batch_size          lr_gamma  proxy_lr  proxy_weight     nir_weight
+    #                    epochs   lr    lr_steps         warmup   flow_lr     nir_form     nir_noise
+    #                         batch_size           lr_gamma proxy_lr  proxy_weight   nir_weight
     "cub200":           (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.0075, "exp", 1.0,  0.0),
     "cars196":          (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.01,   "exp", 1.0,  0.0),
     "sop":              (300, 90, 1e-5, [140, 230], 0.2, 5, 4000, 1,  0.3,    "exp", 1.0,  0.0),
+    # For --nir_weight 0, which takes the place of 1.0: no flow, so its rate, form and noise are
+    # unused.
     "cub200 baseline":  (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
     "cars196 baseline": (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
     "sop baseline":     (300, 90, 1e-5, [140, 230], 0.2, 0, 2000, 1,  1.0,    "exp", 1.0,  0.0),
@@ -445,7 +454,10 @@ SETTINGS = {
 
 
 def preset(args):
-    """The row of SETTINGS for a run, as a dictionary. A data set of one's own uses CUB's."""
+    """The row of SETTINGS for a run, as a dictionary. A data set of one's own uses CUB's.
+
+    args.weights is "none" by default for conv4, which is toy's network.
+    """
     if args.weights == "none":
         run = "toy" if args.dataset == "toy" else "scratch"
     else:
@@ -483,7 +495,7 @@ def make_parser():
 def main(argv=None):
     import common
 
-    # What no option changes is shown by --help, and kept with the run.
+    # Defaults of constructors that have no option: --help shows them, args.json keeps them.
     def fixed(args):
         return common.defaults(LOSSES[args.loss], GlowFlow)
 
@@ -501,6 +513,7 @@ def main(argv=None):
             noise=args.nir_noise,
         )
 
+    # Made once now, so that an option that does not fit is named before data is read.
     common.check_options(make_criterion)
     nir_name = f"{args.nir_form}{args.nir_weight:g}" if args.nir_weight else "baseline"
     common.train(args, make_criterion, f"{args.dataset}-{args.loss}-{nir_name}-seed{args.seed}")

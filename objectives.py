@@ -23,6 +23,8 @@ losses; the objective, which is a loss with its miner; the settings; main.
     W_c         row c of `proxies` (C, D), the learned vector of class c
     theta_ic    the angle between e_i and W_c; `cosine` (B, C) is its cosine
     [x]+        `F.relu`, the larger of x and 0
+    alpha       the margin: `margin` in Triplet and Margin, `alpha` in Lifted and GenLifted
+    B, C, D, T  images of a batch, classes, dimensions, triplets
 
 One step of the training, as `common.train_one_epoch` runs it. `network` is a backbone and
 one linear layer, `objective` an instance of `Objective`, `optimizer` one Adam over both.
@@ -73,10 +75,10 @@ class Ranking(nn.Module):
     """What the ranking losses share: L is the mean of summands, or 0 if there are none.
 
     Each loss below defines its `summands`: one for each triplet, pair or anchor, two for
-    each triplet in Margin. Margin divides their sum by another number, and GenLifted adds a
-    penalty. forward and diagnostics take the same arguments as `summands`.
+    each triplet in Margin. A summand is never negative. One that is 0 has no gradient: it
+    has nothing more to teach. forward and diagnostics take the arguments of `summands`.
 
-    A summand is never negative. One that is 0 has no gradient: it has nothing more to teach.
+    Margin adds nu beta_a and divides by another number, and GenLifted adds a penalty.
     """
 
     @full_precision
@@ -117,14 +119,14 @@ class Margin(Ranking):
 
         pull = [d_ap - beta_a + margin]+
         push = [beta_a - d_an + margin]+
-        L    = sum_(a,p,n) (pull + push + nu beta_a) / active
+        L    = sum_(a,p,n) (pull + push + nu beta_a) / num_active
 
-    `active` is the number of pull > 0 plus the number of push > 0; L is 0 if that is 0. When
-    easy summands reach 0 they no longer count in `active`, and L jumps up: judge L together
-    with the fraction `active` in the log.
+    num_active is the number of pull > 0 plus the number of push > 0; L is 0 if that is 0. When
+    easy summands reach 0 they no longer count, and L jumps up: judge L together with `active`,
+    the fraction of summands above 0, in the log.
 
     With granularity `class` beta is (C,), and beta_a belongs to the class of the anchor; with
-    `global` beta is one number for all.
+    `global` beta is one number for all. (The tutorial adds up both and one for each image.)
 
     Wu, Manmatha, Smola, Kraehenbuehl, "Sampling Matters in Deep Embedding Learning",
     ICCV 2017; nu as in the authors' code.
@@ -142,7 +144,7 @@ class Margin(Ranking):
         a, _, _ = triplets
         if self.beta.dim() == 0:
             return self.beta.expand(len(a))
-        return self.beta[labels][a]
+        return self.beta[labels[a]]
 
     def summands(self, embeddings, labels, triplets):
         """pull and push of each triplet, (2, T)."""
@@ -252,8 +254,8 @@ class MultiSimilarity(Ranking):
 
         P_i' = {k in P_i: S_ik < max_{n in N_i} S_in + epsilon}
         N_i' = {k in N_i: S_ik > min_{p in P_i} S_ip - epsilon}
-        L    = 1/B sum_i  1/alpha log(1 + sum_{P_i'} exp(-alpha (S_ik - threshold)))
-                        + 1/beta  log(1 + sum_{N_i'} exp( beta  (S_ik - threshold)))
+        L    = 1/B sum_i (1/alpha log(1 + sum_{P_i'} exp(-alpha (S_ik - threshold)))
+                        + 1/beta  log(1 + sum_{N_i'} exp( beta  (S_ik - threshold))))
 
     threshold is the paper's lambda. P_i' and N_i' are empty together, and then the summand is
     0. Wang, Han, Huang, Dong, Scott, CVPR 2019; the settings are those of the authors' code,
@@ -273,9 +275,9 @@ class MultiSimilarity(Ranking):
         z = F.normalize(embeddings)
         S = z @ z.T                                               # (B, B)
 
-        # (B, 1) each. An anchor without negatives gets -inf, one without positives inf: no
-        # similarity passes these, so it keeps no pair.
-        nearest_negative = S.masked_fill(~negatives, -math.inf).amax(1, keepdim=True)
+        # An anchor without negatives gets -inf, one without positives inf: no similarity
+        # passes these, so it keeps no pair.
+        nearest_negative = S.masked_fill(~negatives, -math.inf).amax(1, keepdim=True)  # (B, 1)
         farthest_positive = S.masked_fill(~positives, math.inf).amin(1, keepdim=True)
         hard_positives = positives & (S < nearest_negative + self.epsilon)
         hard_negatives = negatives & (S > farthest_positive - self.epsilon)
@@ -313,9 +315,9 @@ def distances(embeddings):
 def sample_column(weights, generator):
     """Choose a column of each row at random, in proportion to the weights: (T, B) -> (T,).
 
-    Draw for each column an exponentially distributed time, -log(u) / weight, whose rate is
-    the weight. A column has the shortest time with a probability proportional to its weight.
-    The code takes the largest inverse time, so that a weight of 0 never wins.
+    -log(u) / weight is an exponentially distributed time whose rate is the weight. The column
+    with the shortest time is chosen with a probability proportional to its weight. Taken is the
+    largest inverse, which is 0 for a weight of 0. A mask serves as weights 0 and 1.
     torch.multinomial does the same, but refuses T = 0.
     """
     u = torch.rand(weights.shape, device=weights.device, generator=generator)
@@ -324,7 +326,7 @@ def sample_column(weights, generator):
 
 
 def choose_positives(labels, generator):
-    """Choose a positive for each anchor, an image that has a positive and a negative.
+    """Take as anchors all images that have a positive and a negative; choose a positive for each.
 
     Returns a (T,), p (T,), and the anchors' rows N_a of the mask of negatives, (T, B).
     """
@@ -348,8 +350,8 @@ def mine_random(embeddings, labels, generator=None):
 def mine_semihard(embeddings, labels, margin=0.2, generator=None):
     """A negative that is farther than the positive, but by less than the loss's margin.
 
-    n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty. From
-    FaceNet. Like Revisiting, it compares d, while the triplet loss compares d^2.
+    n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty. The idea
+    is FaceNet's, which compares d^2. Here d is compared, as in Revisiting's code.
     """
     a, p, negatives = choose_positives(labels, generator)
     d = distances(embeddings)[a]                                  # (T, B)
@@ -363,7 +365,8 @@ def mine_semihard(embeddings, labels, margin=0.2, generator=None):
 def mine_nearest(embeddings, labels, generator=None):
     """The nearest negative beyond the positive, which the tutorial calls semi-hard.
 
-    n = argmin {d_an: n in N_a, d_an > d_ap}, or the farthest in N_a if that is empty.
+    n = argmin {d_an: n in N_a, d_an > d_ap}. If no negative is beyond the positive, n is the
+    farthest in N_a.
     """
     a, p, negatives = choose_positives(labels, generator)
     d = distances(embeddings)[a]                                  # (T, B)
@@ -376,7 +379,7 @@ def mine_nearest(embeddings, labels, generator=None):
 
 
 def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
-    """Probabilities P(n | a), (B, B), of negatives that spread evenly over distances.
+    """P(n | a), (B, B): negatives are chosen so that their distances spread evenly.
 
     The distance of two random points on the sphere in R^D has a density q that peaks
     near sqrt(2), so a uniform choice finds hardly any negative that is nearer. Dividing
@@ -394,7 +397,8 @@ def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
     D = embeddings.shape[1]
 
     clipped = d.clamp(min=lower)
-    base = (1 - clipped.square() / 4).clamp(min=1e-8)             # 0 at d = 2, its log -inf
+    # Unclamped, the logarithm of base is -inf at d = 2.
+    base = (1 - clipped.square() / 4).clamp(min=1e-8)
     log_q = (D - 2) * clipped.log() + (D - 3) / 2 * base.log()
 
     inside = negatives & (d < upper)
@@ -496,9 +500,9 @@ class SphereFace(ClassVectors):
         logits_iy = ||e_i|| (la cos(theta_iy) + psi(theta_iy)) / (1 + la)
         la        = max(5, 1000 / (1 + 0.12 step))
 
-    la is the paper's lambda. The buffer `step` counts the calls in training mode. Liu, Wen, Yu,
-    Li, Raj, Song, CVPR 2017. (The tutorial's formula for "Sphere-/ArcFace" is ArcFace's.)
-    Raises ValueError for a margin other than 1, 2, ...
+    la is the paper's lambda. With annealing, the buffer `step` counts the calls in training
+    mode. Liu, Wen, Yu, Li, Raj, Song, CVPR 2017. (The tutorial's formula for
+    "Sphere-/ArcFace" is ArcFace's.) Raises ValueError for a margin other than 1, 2, ...
     """
 
     def __init__(self, num_classes, dim, margin=4, annealing=False):
@@ -537,8 +541,8 @@ class SphereFace(ClassVectors):
         target = self.psi(cos_y)
 
         if self.annealing:
-            la = 1000 / (1 + 0.12 * self.step.double())
-            la = la.clamp(min=5)
+            step = self.step.double()
+            la = (1000 / (1 + 0.12 * step)).clamp(min=5)
             target = (la * cos_y + target) / (1 + la)
             if self.training:
                 self.step += 1
@@ -575,8 +579,8 @@ class ArcFace(ClassVectors):
         sine_squared = (1 - cos_y) * (1 + cos_y)
         sine = sine_squared.clamp(min=1e-12).sqrt()
         shifted = cos_y * math.cos(m) - sine * math.sin(m)
-        beyond = cos_y - m * math.sin(m)
-        target = torch.where(cos_y < -math.cos(m), beyond, shifted)     # theta > pi - m
+        linear = cos_y - m * math.sin(m)
+        target = torch.where(cos_y < -math.cos(m), linear, shifted)     # theta > pi - m
         return self.scale * cosine.scatter(1, own, target)
 
 
@@ -602,7 +606,7 @@ LEARNED = ("margin", "softmax", "normsoftmax", "sphereface", "arcface")
 def make_loss(name, num_classes, dim, granularity):
     """Make the loss `name` for `num_classes` classes and embeddings of dimension `dim`.
 
-    granularity, of Margin's boundaries, means nothing to the others.
+    `granularity` is for Margin alone.
     """
     if name == "margin":
         return Margin(num_classes, granularity=granularity)
@@ -644,7 +648,7 @@ class Objective(nn.Module):
         return {name: value}
 
     def param_groups(self, lr):
-        """The parameters of the loss as a group for Adam, without weight decay, if it has any."""
+        """The parameters of the loss, if any, as one group for Adam, without weight decay."""
         parameters = list(self.loss.parameters())
         if not parameters:
             return []
@@ -673,14 +677,15 @@ class Objective(nn.Module):
 #
 # `paper` is Revisiting's, with ImageNet's weights. `sop`, for Stanford Online Products, differs
 # in the epochs and in normsoftmax's loss_lr. `scratch` is for a network that starts from nothing
-# (--weights none). But for lr and loss_lr it is nir.py's, so that the results of the two scripts
-# can be compared; lr is the best of three on validation classes: RESULTS.md. That of ArcFace is
-# another than the others'.
+# (--weights none). It is nir.py's except for lr and loss_lr, so that the results of the two
+# scripts can be compared. lr is the best of three on validation classes (RESULTS.md): 3e-4 for
+# arcface, 3e-3 for the others.
 #
 # loss_lr is the rate of the loss's parameters as a multiple of lr. The published rates are 5e-4
 # for boundaries and ArcFace (50 times lr), and 1e-5 for normsoftmax (1 time; on SOP 2e-3, 200
-# times). For softmax and SphereFace, for which none are published, they are ArcFace's. After
-# each of the epochs in lr_steps, all rates are multiplied by lr_gamma.
+# times). For softmax and SphereFace, for which none are published, they are ArcFace's. Those of
+# `scratch` are ours. In the first `warmup` epochs the backbone is not trained; after each of the
+# epochs in lr_steps, all rates are multiplied by lr_gamma. `beta` is Margin's granularity.
 
 COLUMNS = ("epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
            "loss_lr", "miner", "beta")
@@ -736,7 +741,7 @@ def preset(args):
 
 
 def fixed(args):
-    """Constants of loss and miner, {name: value}, for --help and for the record of the run."""
+    """Constants of the loss and the miner that are no options, {"Margin.margin": 0.2, ...}."""
     # Not imported at the top, so that the losses can be borrowed without it.
     import common
 

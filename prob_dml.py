@@ -11,18 +11,21 @@ kernel (ELK). A softmax over the classes turns it into a loss.
 In reading order: the distributions; the similarities; the loss; then how the vMF's normaliser
 C_D is computed, and how a vMF is sampled; the settings; main.
 
-    python prob_dml.py --dataset toy --metric elk    built-in characters, minutes on a laptop
-    python prob_dml.py --metric elk                  EL-nivMF: CUB200, ResNet50, a GPU
-    ... --form official --proxyanchor_weight 3       as published: the official formulas, and
-                                                     ProxyAnchor (for CUB, D = 128)
+    python prob_dml.py --dataset toy                 built-in characters, minutes on a laptop
+    python prob_dml.py                               EL-nivMF: CUB200, ResNet50, a GPU
     python prob_dml.py --metric kl --proxy vmf       any cell of the paper's ablation
+
+    As published, for CUB and D = 128, with the official formulas and ProxyAnchor:
+
+    python prob_dml.py --form official --proxyanchor_weight 3
 
     paper         name in the code
     psi           `embeddings` (B, D), as the network gives them: they are k1 mu1
     k1, mu1       `image_kappa` (B,), `image_mu` (B, D): an image's concentration, direction
-    rho           `proxies` (C, D), stored with some length; L2's are `lengths` times `mu`
+    rho           `proxies` (C, D), whose directions alone count; for L2 rho = `lengths` * `mu`
     k2, mu2       `kappa` (C,), `mu` (C, D): a class's concentration, direction
     K             `K` (C, D), the diagonal of a nivMF's matrix
+                  k2 and K are stored as `concentrations`, (C, 1) and (C, D)
     S, z          `num_samples`, `z` (S, B, D): samples of the images' vMFs
     T             `temperature`
     g             `proxyanchor_weight`
@@ -97,7 +100,7 @@ def nivmf_log_prob(z, mu, K, form="exact"):
     if form == "official":
         return z @ Kmu.T + (log_C_D + D * mean_log_K - norm_Kmu.log())
     Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
-    # log det K and D log ||Kz|| grow with D and nearly cancel: subtracted before the factor D.
+    # log det K and D log ||Kz|| nearly cancel: subtracted before they are multiplied by D.
     log_volume = D * (mean_log_K - norm_Kz.log())       # (..., C)
     return log_C_D + Kz_Kmu / norm_Kz + log_volume
 
@@ -121,11 +124,11 @@ def official_log_likelihood(z, mu, K):
 def nivmf_products(z, mu, K):
     """Kz . K mu and ||Kz||, both (..., C), by two matrix products: no (..., C, D) tensor is made.
 
-        Kz . K mu = sum_d z_d k_d^2 mu_d        ||Kz||^2 = sum_d z_d^2 k_d^2
+        Kz . K mu = sum_d z_d K_d^2 mu_d        ||Kz||^2 = sum_d z_d^2 K_d^2
     """
-    K2 = K.square()
-    Kz_Kmu = z @ (K2 * mu).T                            # (..., D) @ (D, C) -> (..., C)
-    norm_Kz = (z.square() @ K2.T).sqrt()                # (..., D) @ (D, C) -> (..., C)
+    K_squared = K.square()
+    Kz_Kmu = z @ (K_squared * mu).T                     # (..., D) @ (D, C) -> (..., C)
+    norm_Kz = (z.square() @ K_squared.T).sqrt()         # (..., D) @ (D, C) -> (..., C)
     return Kz_Kmu, norm_Kz
 
 
@@ -156,7 +159,9 @@ def unit_vectors(x):
 #
 # Between two vMFs all of them have a closed form. For nivMFs the expectation over p is a mean over
 # samples of p, which all classes share. The loss divides a similarity by T. The official form has
-# T inside the mean over samples instead: that is `inner_temperature`, 1 in the exact form.
+# T inside the mean over samples instead, as `inner_temperature`, which is 1 in the exact form:
+#
+#     exact:     (1/T) log mean_s q(z_s)          official:     log mean_s q(z_s)^(1/T)
 
 
 def elk_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0,
@@ -248,7 +253,7 @@ def kl_vmf(embeddings, mu, kappa):
     entropy, A_by_kappa = image_entropy(embeddings)     # (B, 1)
     natural = kappa.unsqueeze(1) * mu                   # k2 mu2, (C, D)
     log_C_D = log_vmf_normalizer(kappa, mu.shape[1])    # (C,)
-    expected_dot = A_by_kappa * (embeddings @ natural.T)    # A_D(k1) / k1 (k1 mu1 . k2 mu2)
+    expected_dot = A_by_kappa * (embeddings @ natural.T)    # (A_D(k1) / k1) (k1 mu1 . k2 mu2)
     return log_C_D + expected_dot + entropy
 
 
@@ -282,7 +287,7 @@ def loglik_vmf(embeddings, mu, kappa):
 
 
 def cosine(embeddings, mu, kappa=None):
-    """mu1 . mu2; no concentration plays a part."""
+    """mu1 . mu2. `kappa` is not used; all similarities to vMFs are called alike."""
     return unit_vectors(embeddings) @ mu.T
 
 
@@ -328,8 +333,9 @@ class ProbabilisticProxies(nn.Module):
     concentration_init: Adam moves each coordinate by about the learning rate, so the stored length
     decides how far a step turns a proxy.
 
-    Cosine has no concentrations. L2 has `lengths` (C, 1) instead, which start at concentration_init
-    sqrt(2 D / (C + D)), the length of a Xavier normal with that gain.
+    Cosine has no concentrations. L2 has `lengths` (C, 1) instead. They start at
+    concentration_init * sqrt(2 D / (C + D)), the length of vectors from a Xavier normal with that
+    gain.
 
     Raises ValueError for values that are out of range or do not go together.
     """
@@ -375,6 +381,7 @@ class ProbabilisticProxies(nn.Module):
 
     def logits(self, embeddings, generator=None):
         """similarity / T, (B, C). In the official form, elk and bhattacharyya have T inside."""
+        # `similarity` has clamped T, in place, when it is read here.
         if self.form == "official" and self.metric in ("elk", "bhattacharyya"):
             return self.similarity(embeddings, generator, inner_temperature=self.temperature)
         return self.similarity(embeddings, generator) / self.temperature
@@ -386,19 +393,18 @@ class ProbabilisticProxies(nn.Module):
         if embeddings.dim() != 2 or embeddings.shape[1] != D:
             raise ValueError(f"embeddings must be (B, {D}), not {tuple(embeddings.shape)}")
         self.keep_above_floors()
-        similarity = SIMILARITIES[self.metric][self.proxy]
+        function = SIMILARITIES[self.metric][self.proxy]
         mu = unit_vectors(self.proxies)
         if self.metric == "cosine":
-            return similarity(embeddings, mu)
+            return function(embeddings, mu)
         if self.metric == "l2":
-            return similarity(embeddings, mu, self.lengths.squeeze(1))
+            return function(embeddings, mu, self.lengths.squeeze(1))
         if self.proxy == "vmf":
-            return similarity(embeddings, mu, self.concentrations.squeeze(1))
+            return function(embeddings, mu, self.concentrations.squeeze(1))
         if self.metric == "loglik":
-            return similarity(embeddings, mu, self.concentrations, self.form)
-        return similarity(embeddings, mu, self.concentrations, num_samples=self.samples,
-                          form=self.form, inner_temperature=inner_temperature,
-                          generator=generator)
+            return function(embeddings, mu, self.concentrations, self.form)
+        return function(embeddings, mu, self.concentrations, num_samples=self.samples,
+                        form=self.form, inner_temperature=inner_temperature, generator=generator)
 
     def keep_above_floors(self):
         """Clamp, in place, the parameters that the last update took below their floor.
@@ -436,20 +442,21 @@ class ProbabilisticProxies(nn.Module):
         The anisotropy is the standard deviation of a class's concentrations divided by their mean,
         averaged over the classes.
         """
+        self.keep_above_floors()
         norm = embeddings.norm(dim=1)
         values = {
             "norm_mean": norm.mean(),
             "norm_std": norm.std(correction=0),
-            "temperature": self.temperature.clamp(min=MIN_TEMPERATURE),
+            "temperature": self.temperature,
         }
         if self.lengths is not None:
-            values["length"] = self.lengths.clamp(min=MIN_CONCENTRATION).mean()
+            values["length"] = self.lengths.mean()
         if self.concentrations is not None:
-            K = self.concentrations.clamp(min=MIN_CONCENTRATION)
-            values["concentration"] = K.mean()
-            if self.proxy == "nivmf":
-                variation = K.std(1, correction=0) / K.mean(1)      # (C,)
-                values["anisotropy"] = variation.mean()
+            values["concentration"] = self.concentrations.mean()
+        if self.proxy == "nivmf":
+            K = self.concentrations
+            variation = K.std(1, correction=0) / K.mean(1)          # (C,)
+            values["anisotropy"] = variation.mean()
         return {name: float(value) for name, value in values.items()}
 
 
@@ -463,8 +470,8 @@ class Criterion(nn.Module):
 
         L = L_proxies + g L_ProxyAnchor             in the paper: PANC + EL-nivMF
 
-    `proxies` is a ProbabilisticProxies. The three rates are multiples of the network's learning
-    rate, see `param_groups`.
+    `proxies` is a ProbabilisticProxies; its own `proxies` are rho. The three rates are multiples
+    of the network's learning rate, see `param_groups`.
     """
 
     def __init__(self, proxies, proxyanchor_weight=0.0, proxy_lr=1.0, concentration_lr=1.0,
@@ -506,7 +513,7 @@ class Criterion(nn.Module):
         First the embedding layer's weight is scaled, because an embedding's norm is its
         concentration. Then the proxies turn to their classes' mean embeddings. The official code
         leaves the proxies of log-likelihood, L2 and cosine at random. With --weights none, for
-        which it has no settings, all proxies are turned.
+        which the official code has no settings, all proxies are turned.
         """
         if epoch > 0:
             return
@@ -531,10 +538,13 @@ class Criterion(nn.Module):
 # underflows for large D, and in float32 v log kappa - log I_v is a small difference of large
 # numbers.
 #
-# Hence the scaled function F_v(x) = x^-v I_v(x), which stays finite at x = 0. For a large order,
-# an expansion by Debye gives its logarithm to about ten digits. A low order is reached from a
-# high one by a recurrence. All is in float64. Autograd is told the derivatives: differentiating
-# these formulas would lose digits.
+# Hence the scaled function F_v(x) = x^-v I_v(x), which stays finite at x = 0:
+#
+#     C_D = (2 pi)^(-D/2) / F_v        A_D / kappa = F_(v+1) / F_v
+#
+# For a large order, an expansion by Debye gives log F to about ten digits. A low order is reached
+# from a high one by a recurrence. All is in float64. Autograd is told the derivatives:
+# differentiating these formulas would lose digits.
 
 
 def log_vmf_normalizer(kappa, dim):
@@ -551,7 +561,8 @@ def log_vmf_normalizer(kappa, dim):
 
 def mean_resultant_length(kappa, dim):
     """A_D(kappa) = I_(D/2)(kappa) / I_(D/2-1)(kappa), in [0, 1): a vMF's mean is A_D(kappa) mu."""
-    # Cast here, once: autograd adds the two parts of A_D', which nearly cancel, in float64.
+    # Cast before the product: A_D' = s_D + kappa s_D', of s_D = A_D / kappa, nearly cancels. So
+    # autograd adds the two in float64.
     kappa64 = kappa.double()
     _, A_by_kappa = vmf_normalizer(kappa64, dim)
     return (kappa64 * A_by_kappa).to(kappa.dtype)
@@ -621,13 +632,13 @@ def scaled_bessel(kappa, dim):
         F_m(x) = exp(h) (m + h)^-m (2 pi h)^(-1/2) U,         U = sum_n u_n(p) / m^n
         F_(m+1)(x) / F_m(x) = 1/(m + h) - W / (U h^2),        W = sum_n (u_n(p)/2 + p u_n'(p)) / m^n
 
-    The second line is d log F_m / dx / x, since F_m' = x F_(m+1). The ratios of neighbours,
+    The second line is (1/x) d log F_m / dx, since F_m' = x F_(m+1). The ratios of neighbours,
     s_j = F_j / F_(j-1), lead from the high order m down to the low order v:
 
         s_j = 1 / (2j + x^2 s_(j+1)),         log F_(j-1) = log F_j - log s_j
 
-    All terms are positive and errors of s are damped, so both results are as good as the
-    expansion.
+    The last of them, s_(v+1), is A_D / kappa. All terms are positive and errors of s are damped,
+    so both results are as good as the expansion.
     """
     v = dim / 2 - 1
     steps = max(0, math.ceil(DEBYE_ORDER - v))
@@ -637,9 +648,9 @@ def scaled_bessel(kappa, dim):
     log_root = 0.5 * (2 * math.pi * h).log()
     log_F = h - m * (m + h).log() - log_root + U_minus_1.log1p()
     U = 1 + U_minus_1
-    s = 1 / (m + h) - W / (U * h.square())
+    s = 1 / (m + h) - W / (U * h.square())              # s_(m+1)
     for step in range(steps):
-        s = 1 / (2 * (m - step) + kappa.square() * s)
+        s = 1 / (2 * (m - step) + kappa.square() * s)   # s_j with j = m - step
         log_F -= s.log()
     return log_F, s
 
@@ -663,14 +674,14 @@ def debye_sums(p, m):
 
 
 # ------------------------------------------------------------------------- how a vMF is sampled
-# A sample is z = cos(theta) mu + sin(theta) v, with v uniform among the unit vectors orthogonal to
-# mu. The angle theta is drawn by a rejection step that is exact for every D and kappa.
+# A sample is z = cos(theta) mu + sin(theta) tangent, with a tangent that is uniform among the unit
+# vectors orthogonal to mu. The angle theta is drawn by a rejection step that is exact for every D
+# and kappa.
 #
 # The training needs to know how a sample moves with mu and kappa. If mu turns, z turns with it. If
 # kappa grows, theta shrinks so as to keep its quantile. Both derivatives are given to autograd, so
-# no term of the gradient is lost to the rejection step. It is lost where the accepted proposal is
-# differentiated instead, because kappa also decides which proposal is accepted (Davidson et al.,
-# Hyperspherical Variational Auto-Encoders, 2018).
+# the gradient is complete. Differentiating the accepted proposal instead would leave a term out,
+# because kappa also decides which proposal is accepted.
 
 
 def sample_vmf(mu, kappa, num_samples, generator=None):
@@ -696,7 +707,7 @@ class VMFSample(torch.autograd.Function):
            + (cos(theta) z - mu) / sin(theta) dtheta            and along the circle through mu
 
         dtheta / dkappa = -int_0^theta (cos t - A_D) exp(l(t) - l(theta)) dt
-        l(t) = kappa cos t + (D-2) log sin t + const
+        l(t) = kappa cos t + (D-2) log sin t - log Z(kappa),        d log Z / dkappa = A_D
 
     (Figurnov, Mohamed, Mnih: Implicit Reparameterization Gradients, NeurIPS 2018.)
     """
@@ -704,14 +715,13 @@ class VMFSample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, kappa, num_samples, generator):
         D = mu.shape[1]
-        # theta is kept, not its cosine w: sqrt(1 - w^2) has few digits left where kappa is
-        # large.
+        # theta is kept, not its cosine: where kappa is large, sqrt(1 - cosine^2) has few digits.
         theta = sample_angle(kappa.double().expand(num_samples, -1), D, generator)  # (S, B)
         shape = (num_samples, *mu.shape)
         z = torch.randn(shape, dtype=mu.dtype, device=mu.device, generator=generator)
 
-        # First a sample around the axis -sign e_1: its first coordinate is cos(theta) along that
-        # axis, the others are sin(theta) v.
+        # First a sample around -sign e_1, the one of e_1 and -e_1 that is farther from mu: its
+        # first coordinate is along that axis, cos(theta), the others are sin(theta) tangent.
         sign = torch.where(mu[:, 0] < 0, -1.0, 1.0).to(z)                           # (B,)
         scale = theta.sin() / z[..., 1:].norm(dim=-1)
         z[..., 1:] *= scale.to(z).unsqueeze(-1)
@@ -780,7 +790,8 @@ def sample_angle(kappa, D, generator):
     This is the rejection step of Wood (Simulation of the von Mises Fisher distribution, 1994),
     written in t = tan(theta/2)^2, where no difference of near-equal numbers is left. He proposes
 
-        t = b y,    y = beta / (1 - beta),    beta ~ Beta((D-1)/2, (D-1)/2)
+        t = b y,        b = (D-1) / (2 kappa + sqrt(4 kappa^2 + (D-1)^2))
+                        y = beta / (1 - beta),    beta ~ Beta((D-1)/2, (D-1)/2)
 
     With w = cos(theta) = (1-t) / (1+t) and x0 = (1-b) / (1+b) it is accepted if
 
@@ -806,7 +817,7 @@ def sample_angle(kappa, D, generator):
         log_accept = k * w_minus_x0 + (D - 1) * ratio.log()
         accepted = u.log() <= log_accept
         done = accepted.any(0)
-        first = accepted.byte().argmax(0, keepdim=True)
+        first = accepted.byte().argmax(0, keepdim=True)                 # the first accepted one
         t_first = t.gather(0, first)[0]                                             # (pending,)
         theta[pending[done]] = 2 * t_first[done].sqrt().atan()
         pending = pending[~done]
@@ -832,10 +843,12 @@ def beta_ratio(u0, u1, D):
 # The defaults of options that are not given. A run takes one row:
 #
 # OFFICIAL, by data set and D, for EL-nivMF with a pretrained network. Other data sets use CUB's
-# row; up to D = 128 it is that of 128, else of 512. The published results have --form official
-# and --proxyanchor_weight 3, 5, 0.3 and 0.1, in this order.
+# row; D <= 128 takes the row of 128, a larger D that of 512. The published results have --form
+# official and --proxyanchor_weight 3, 5, 0.3 and 0.1, in this order.
 #
-# ABLATION, by metric and proxy, for all other cells: the official settings for CUB, D = 512.
+# ABLATION, by metric and proxy, for all other cells: the official ablation on CUB, D = 512. Cells
+# that it lacks borrow their metric's row. Its elk/nivmf is for reference: pass its values as
+# options.
 #
 # SCRATCH, by metric and proxy, for a network that starts from nothing (--weights none). Its rows
 # were found on validation classes: RESULTS.md.
@@ -850,33 +863,31 @@ COLUMNS = (
     "proxy_lr", "concentration_lr", "temperature_lr",
     "temperature", "concentration_init", "norm_multiplier", "samples",
 )
-#                  epochs   lr    lr_steps       warmup   concentration_lr  concentration_init
-#                       batch_size        lr_gamma  proxy_lr   temperature_lr      samples
-#                                                                   temperature norm_multiplier
+# The rows have COLUMNS' three groups: 6, 3 and 4 numbers.
 OFFICIAL = {
-    "cub200/128":     (250, 64, 1e-5, [25, 50],   0.3, 0, 5000, 20000, 200, 0.003,  6, 30, 5),
-    "cub200/512":     (250, 64, 1e-5, [31],       0.1, 0, 5000, 20000, 200, 0.003, 18, 50, 5),
-    "cars196/128":    (300, 64, 1e-5, [60, 80],   0.1, 0, 7500,  7500, 200, 0.003,  9, 12, 5),
-    "cars196/512":    (300, 64, 1e-5, [105, 170], 0.2, 0, 5000, 20000, 200, 0.003, 22, 10, 5),
+    "cub200/128":    (250,  64, 1e-5, [25, 50],   0.3, 0,   5000, 20000, 200,  0.003,    6,  30, 5),
+    "cub200/512":    (250,  64, 1e-5, [31],       0.1, 0,   5000, 20000, 200,  0.003,   18,  50, 5),
+    "cars196/128":   (300,  64, 1e-5, [60, 80],   0.1, 0,   7500,  7500, 200,  0.003,    9,  12, 5),
+    "cars196/512":   (300,  64, 1e-5, [105, 170], 0.2, 0,   5000, 20000, 200,  0.003,   22,  10, 5),
 }
-ABLATION = {  # elk/nivmf is not chosen by `preset`: its values have to be given as options
-    "elk/nivmf":      (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    50, 150, 10),
-    "elk/vmf":        (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    10, 150, 10),
-    "bhattacharyya":  (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    10, 150, 10),
-    "kl":             (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,    10, 150, 10),
-    "loglik":         (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1 / 32, 10,   1, 10),
-    "cosine":         (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1 / 256, 10,  1, 10),
-    "l2":             (50, 106, 1e-5, [],         0.1, 0, 5000, 50000, 500, 1.0,   200,   1, 10),
+ABLATION = {
+    "elk/nivmf":     (50,  106, 1e-5, [],         0.1, 0,   5000, 50000, 500,  1.0,     50, 150, 10),
+    "elk/vmf":       (50,  106, 1e-5, [],         0.1, 0,   5000, 50000, 500,  1.0,     10, 150, 10),
+    "bhattacharyya": (50,  106, 1e-5, [],         0.1, 0,   5000, 50000, 500,  1.0,     10, 150, 10),
+    "kl":            (50,  106, 1e-5, [],         0.1, 0,   5000, 50000, 500,  1.0,     10, 150, 10),
+    "loglik":        (50,  106, 1e-5, [],         0.1, 0,   5000, 50000, 500,  1 / 32,  10,   1, 10),
+    "cosine":        (50,  106, 1e-5, [],         0.1, 0,   5000, 50000, 500,  1 / 256, 10,   1, 10),
+    "l2":            (50,  106, 1e-5, [],         0.1, 0,   5000, 50000, 500,  1.0,    200,   1, 10),
 }
 SCRATCH = {
-    "elk":            (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 40, 200),
-    "bhattacharyya":  (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 40, 200),
-    "kl/nivmf":       (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 10, 200),
-    "kl/vmf":         (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1,    0.1,     10, 40, 200),
-    "loglik/nivmf":   (15, 90, 1e-3, [10, 13],    0.3, 0, 300, 600, 3,    0.3,     30, 10, 200),
-    "loglik/vmf":     (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 10,   1.0,     10, 10, 200),
-    "cosine":         (15, 90, 1e-3, [10, 13],    0.3, 0, 100, 200, 1.25, 1 / 8,   10, 10, 200),
-    "l2":             (15, 90, 1e-3, [10, 13],    0.3, 0, 10,  10,  20,   5.0,     15,  3, 200),
+    "elk":           (15,   90, 1e-3, [10, 13],   0.3, 0,   100,  200,   1,    0.1,     10, 40, 200),
+    "bhattacharyya": (15,   90, 1e-3, [10, 13],   0.3, 0,   100,  200,   1,    0.1,     10, 40, 200),
+    "kl/nivmf":      (15,   90, 1e-3, [10, 13],   0.3, 0,   100,  200,   1,    0.1,     10, 10, 200),
+    "kl/vmf":        (15,   90, 1e-3, [10, 13],   0.3, 0,   100,  200,   1,    0.1,     10, 40, 200),
+    "loglik/nivmf":  (15,   90, 1e-3, [10, 13],   0.3, 0,   300,  600,   3,    0.3,     30, 10, 200),
+    "loglik/vmf":    (15,   90, 1e-3, [10, 13],   0.3, 0,   100,  200,   10,   1.0,     10, 10, 200),
+    "cosine":        (15,   90, 1e-3, [10, 13],   0.3, 0,   100,  200,   1.25, 1 / 8,   10, 10, 200),
+    "l2":            (15,   90, 1e-3, [10, 13],   0.3, 0,   10,   10,    20,   5.0,     15,  3, 200),
 }
 
 

@@ -255,8 +255,8 @@ def test_real_cars_annotations_in_both_layouts_agree():
     with pytest.warns(UserWarning, match="4052 training and 4092 test"):
         train, test = data.load("cars196", REAL)
     assert len(train.class_names) == 98 and train.class_names[0] == "AM General Hummer SUV 2000"
-    rows, _ = data.read_mat(REAL / "stanford_cars/devkit/cars_train_annos.mat", "annotations", "fname")
-    names = [str(name) for name in data.read_mat(REAL / "stanford_cars/devkit/cars_meta.mat")["class_names"]]
+    rows = data.read_mat(REAL / "stanford_cars/devkit/cars_train_annos.mat", "annotations", "fname", "class")
+    names = [str(name) for name in data.read_mat(REAL / "stanford_cars/devkit/cars_meta.mat", "class_names")]
     assert len(rows) == 8144 and rows[0] == ("00001.jpg", 14) and names[:98] == train.class_names
     counts = np.bincount([c for _, c in rows], minlength=197)[1:]
     assert counts[:98].tolist() == torch.bincount(train.labels).tolist()
