@@ -3,28 +3,36 @@ embedding space, pictures.
 
 In reading order: retrieval, clustering, the structure of the space, uncertainty (what
 the norm of an embedding tells), all metrics in one call; then how queries are compared
-and k-means computed; pictures; the comparison of finished runs over their seeds; main.
+with all images, how k-means finds clusters, what the metrics accept; pictures; the
+comparison of finished runs over their seeds; main.
 
     python evaluate.py --checkpoint runs/NAME/best.pt --pictures
     python evaluate.py --checkpoint runs/NAME/best.pt --embeddings photos.npz --images my_photos
     python evaluate.py --compare runs/A-seed* runs/B-seed* --baseline runs/A-seed0 --out table.md
 
-The metrics are exact. No (N, N) matrix is ever held as a whole, so that the 60,502 test
-images of Stanford Online Products need less than 2 GiB beside their embeddings.
-Everything is computed on the device where the embeddings are.
+The metrics are exact. No (N, N) matrix is ever held as a whole, so the 60,502 test
+images of Stanford Online Products need less than 2 GiB besides their embeddings. The
+large products are computed on the device where the embeddings are.
 
-    symbol           here
-    N, D, C          number of images, dimension of an embedding, number of classes
-    B                number of images of one chunk, whose similarities to all are (B, N)
+The metrics are those of two papers' experiments: NIR (Roth et al., CVPR 2022) and
+EL-nivMF (Kirchhof et al., ECCV 2022).
+
+    symbol           name in the code
+    N, D             number of images, dimension of an embedding
+    C                `num_classes`
+    B                number of queries in one chunk, whose similarities are (B, N)
     query            an image for which the most similar other images are looked up
-    positive         another image of the query's class; R is how many a query has
+    positive         another image of the query's class
     negative         an image of another class
-    Recall@k, mAP@k  recall_at_k, mean_average_precision; MAP@R is map_at_r
-    NMI, F1          clustering
-    G_2              uniformity
-    rho              spectral_decay
-    pi_density       density
-    sigma^2_kappa    concentration_variance
+    R, M             number of positives of a query, and the largest one in a chunk
+    Recall@k         `recall_at_k`
+    mAP@k, MAP@R     `mean_average_precision`, `map_at_r`
+    NMI, F1          `partition_scores`
+    G_2              `uniformity`
+    rho              `spectral_decay`
+    pi_density       `density`
+    sigma^2_kappa    `concentration_variance`, from kappa_c and R_c of each class c
+    log ELK          `expected_likelihood`
 """
 
 import argparse
@@ -36,7 +44,7 @@ import re
 import warnings
 from pathlib import Path
 
-# Before torch is loaded: its idle threads then sleep instead of slowing other processes.
+# Set before torch is imported: idle OpenMP threads sleep instead of slowing other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -49,12 +57,13 @@ from torchvision.utils import make_grid, save_image
 import data
 from data import UserError, progress
 
-# Entries of an (N, N) matrix that are held at a time: 128 MiB in float32.
+# How many entries of an (N, N) or (N, k) matrix are held at a time: 128 MiB in
+# float32. (k is the number of clusters.)
 CHUNK = 2**25
 
-# Cosines closer than this are equal. In float32 a product varies by nearly as much with
-# its place in the matrix, and a network that maps all images to one point must not be
-# rewarded for such rounding errors.
+# Cosines closer than this count as equal. In float32 the same cosine, computed at two
+# places of a matrix, can differ by nearly as much, and a network that maps all images
+# to one point must not be rewarded for such rounding errors.
 TIE = 1e-6
 
 
@@ -62,82 +71,39 @@ TIE = 1e-6
 
 
 def recall_at_k(embeddings, labels, ks, similarity=None):
-    """How often is one of the k most similar images a positive? {k: Recall@k}.
+    """How often is one of the k most similar images a positive? Returns {k: Recall@k}.
 
-    For embeddings (N, D) and labels (N,). `similarity` as in `positives_and_negatives`.
-
-        ahead(q)  = number of negatives at least as similar to q as q's closest positive
+        ahead(q)  = number of negatives at least as similar to q as q's best positive
         Recall@k  = fraction of the queries q with ahead(q) < k
 
-    This needs no sorting. A tie counts against the query, so that a network which maps
-    all images to one point scores 0. (Sorting may give it 100 %.) Raises UserError if
-    no image has a positive.
+    So the N similarities of a query need no sorting. For embeddings (N, D) and labels
+    (N,). `similarity` maps queries (B, D) and all embeddings (N, D) to (B, N); None is
+    the cosine. A tie (up to TIE) counts against the query, so that a network which maps
+    all images to one point scores 0; with sorting it might score 100 %. Images alone in
+    their class are not used as queries. Raises UserError if no image has a positive.
     """
     check_ks(ks)
     embeddings, labels = check(embeddings, labels, need_positives=True)
 
-    ahead = []
+    # For each chunk of queries: similarities to the positives (B, M), the most similar
+    # first, and to the negatives (B, N); -inf where there is none.
     chunks = positives_and_negatives(embeddings, labels, "recall: queries", similarity)
+    ahead = []
     for positives, negatives in chunks:
-        closest = positives[:, :1]  # (B, 1)
-        margin = TIE * closest.abs().clamp(min=1)
+        best_positive = positives[:, :1]  # (B, 1)
+        # Relative where a similarity exceeds 1, as log ELK does.
+        tolerance = TIE * best_positive.abs().clamp(min=1)
         # In place, as ones and zeros in floats: adding up booleans is ten times slower.
-        at_least_as_close = negatives.ge_(closest - margin)  # (B, N)
-        ahead.append(at_least_as_close.sum(1))
-    ahead = torch.cat(ahead)
+        at_least_as_similar = negatives.ge_(best_positive - tolerance)  # (B, N)
+        ahead.append(at_least_as_similar.sum(1))
+    ahead = torch.cat(ahead)  # (number of queries,)
 
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 
 def mean_average_precision(embeddings, labels, k=1000):
-    """mAP@k in [0, 1]: do the positives come first among the k most similar images?
-
-        position(j) = j + number of negatives at least as similar as the j-th positive
-        AP@k = (sum over all j with position(j) <= k of j / position(j)) / min(R, k)
-        mAP@k = mean of AP@k over the queries
-
-    By cosine. j / position(j) is the precision at the j-th positive. (The authors'
-    mAP@1000 divides by the class's size with the query in it.) Ties, images alone in
-    their class and errors as in `recall_at_k`.
-    """
+    """mAP@k in [0, 1]; the formula is in `mean_average_precisions`."""
     return mean_average_precisions(embeddings, labels, [k])[0]
-
-
-def mean_average_precisions(embeddings, labels, ks):
-    """mAP@k for each k of `ks`, as a list, in a single pass; k = None stands for k = R.
-
-    The formula is in `mean_average_precision`.
-    """
-    check_ks([k for k in ks if k is not None])
-    embeddings, labels = check(embeddings, labels, need_positives=True)
-
-    totals = [0.0] * len(ks)
-    num_queries = 0
-    for positives, negatives in positives_and_negatives(embeddings, labels, "mAP: queries"):
-        is_positive = positives > -math.inf  # (B, M)
-        R = is_positive.sum(1, keepdim=True)  # (B, 1)
-        M = positives.shape[1]
-
-        # Positions beyond k do not count, so the k closest negatives are enough.
-        largest_k = max(M if k is None else k for k in ks)
-        closest = negatives.topk(min(largest_k, negatives.shape[1])).values
-
-        # ahead: the number of negatives that are at least as similar as the j-th
-        # positive. The search wants ascending numbers, hence the minus signs.
-        j = torch.arange(1, M + 1, device=R.device)
-        ahead = torch.searchsorted(-closest, TIE - positives, right=True)  # (B, M)
-        position = j + ahead
-
-        for i, k in enumerate(ks):
-            limit = R if k is None else torch.full_like(R, k)  # (B, 1)
-            within_k = is_positive & (position <= limit)  # (B, M)
-            precision = torch.where(within_k, j / position, 0.0)
-            total = precision.sum(1, keepdim=True, dtype=torch.float64)  # (B, 1)
-            average_precision = total / R.minimum(limit)
-            totals[i] += average_precision.sum().item()
-        num_queries += len(R)
-
-    return [total / num_queries for total in totals]
 
 
 def map_at_r(embeddings, labels):
@@ -148,51 +114,97 @@ def map_at_r(embeddings, labels):
     return mean_average_precisions(embeddings, labels, [None])[0]
 
 
+def mean_average_precisions(embeddings, labels, ks):
+    """Do the positives come before the negatives? A list with mAP@k for each k of `ks`.
+
+        position(j) = j + number of negatives at least as similar as the j-th positive
+        AP@k        = (sum over j with position(j) <= k of j / position(j)) / min(R, k)
+        mAP@k       = mean of AP@k over the queries, in [0, 1]
+
+    Similarity is the cosine; j = 1 is the most similar positive, and j / position(j) is
+    the precision at the j-th. k = None stands for k = R. The official code divides
+    mAP@1000 by the size of the class, which includes the query. Ties, images alone in
+    their class and errors are treated as in `recall_at_k`.
+    """
+    check_ks([k for k in ks if k is not None])
+    embeddings, labels = check(embeddings, labels, need_positives=True)
+
+    sums = [0.0] * len(ks)  # of AP@k over the queries
+    num_queries = 0
+    for positives, negatives in positives_and_negatives(embeddings, labels, "mAP: queries"):
+        is_positive = positives > -math.inf  # (B, M)
+        R = is_positive.sum(1, keepdim=True)  # (B, 1)
+        M = positives.shape[1]
+
+        # Positions beyond k do not count, so the k most similar negatives are enough.
+        largest_k = max(M if k is None else k for k in ks)
+        top_negatives = negatives.topk(min(largest_k, negatives.shape[1])).values
+
+        # ahead: how many negatives are >= positive - TIE. The search wants ascending
+        # numbers, hence both sides with a minus sign.
+        j = torch.arange(1, M + 1, device=R.device)
+        ahead = torch.searchsorted(-top_negatives, TIE - positives, right=True)  # (B, M)
+        position = j + ahead
+
+        for i, k in enumerate(ks):
+            limit = R if k is None else torch.full_like(R, k)  # (B, 1)
+            within_k = is_positive & (position <= limit)  # (B, M)
+            precision = torch.where(within_k, j / position, 0.0)
+            precision_sum = precision.sum(1, keepdim=True, dtype=torch.float64)
+            average_precision = precision_sum / R.minimum(limit)  # (B, 1)
+            sums[i] += average_precision.sum().item()
+        num_queries += len(R)
+
+    return [total / num_queries for total in sums]
+
+
 # --------------------------------------------------------------------------- clustering
 
 
 def clustering(embeddings, labels, seed=0):
-    """{"nmi", "f1"} of a k-means clustering into as many clusters as there are classes.
+    """NMI and F1 of k-means with as many clusters as classes. Returns {"nmi", "f1"}.
 
-    By Euclidean distance on the embeddings (N, D) as given. See `partition_scores`.
+    Distances are Euclidean, between embeddings (N, D) that are not normalised here. See
+    `partition_scores`.
     """
     embeddings, labels = check(embeddings, labels)
-    num_classes = int(labels.max()) + 1
+    num_classes = int(labels.max()) + 1  # `check` has numbered them 0 .. C - 1
     clusters = k_means(embeddings, num_classes, seed)
     return partition_scores(clusters, labels)
 
 
 def partition_scores(clusters, labels):
-    """How well do clusters (N,) and classes (N,) agree? {"nmi", "f1"}, both in [0, 1].
+    """How well do clusters and classes agree? Returns {"nmi", "f1"}, both in [0, 1].
 
-        NMI        = 2 I / (H(clusters) + H(labels))
-        I          = H(clusters) + H(labels) - H(joint)
-        F1         = 2 precision recall / (precision + recall)
-        precision  = P(joint) / P(clusters),   recall = P(joint) / P(labels)
+        NMI  = 2 I / (H(clusters) + H(labels))
+        I    = H(clusters) + H(labels) - H(joint)
+        F1   = 2 P(joint) / (P(clusters) + P(labels))
 
-    H is an entropy, P a number of pairs of images: those in one cluster, in one class,
-    in both. So F1 = 2 P(joint) / (P(clusters) + P(labels)) (Song et al. 2016). Of the
-    contingency table only the cells that are not empty are ever stored.
+    For numbers (N,) of clusters and of classes. H is an entropy, P a number of pairs of
+    images: those in one cluster, in one class, in both. F1 is the harmonic mean of the
+    precision P(joint) / P(clusters) and the recall P(joint) / P(labels) (Song et al.
+    2016). Only combinations of cluster and class that occur are stored.
     """
     clusters = clusters.unique(return_inverse=True)[1]
     labels = labels.unique(return_inverse=True)[1]
-    joint = clusters * (labels.max() + 1) + labels  # numbers the cells of the table
+    joint = clusters * (labels.max() + 1) + labels  # a number for each combination
 
     cluster_sizes = clusters.unique(return_counts=True)[1].double()
     label_sizes = labels.unique(return_counts=True)[1].double()
     joint_sizes = joint.unique(return_counts=True)[1].double()
 
-    # Two partitions without any information, or any pair, are the same partition: 1.
+    # No entropy: all images are in one cluster and one class. No pair: each image is
+    # alone in its cluster and in its class. Either way the two agree, which scores 1.
     nmi = 1.0
-    entropies = partition_entropy(cluster_sizes) + partition_entropy(label_sizes)
-    if entropies > 0:
-        information = entropies - partition_entropy(joint_sizes)
-        nmi = 2 * information / entropies
+    sum_of_entropies = partition_entropy(cluster_sizes) + partition_entropy(label_sizes)
+    if sum_of_entropies > 0:
+        information = sum_of_entropies - partition_entropy(joint_sizes)
+        nmi = 2 * information / sum_of_entropies
 
     f1 = 1.0
-    pairs = partition_pairs(cluster_sizes) + partition_pairs(label_sizes)
-    if pairs > 0:
-        f1 = 2 * partition_pairs(joint_sizes) / pairs
+    sum_of_pairs = partition_pairs(cluster_sizes) + partition_pairs(label_sizes)
+    if sum_of_pairs > 0:
+        f1 = 2 * partition_pairs(joint_sizes) / sum_of_pairs
 
     return {"nmi": min(1.0, max(0.0, nmi)), "f1": f1}
 
@@ -212,16 +224,17 @@ def partition_pairs(sizes):
 
 
 def uniformity(embeddings):
-    """How evenly do the embeddings (N, D), taken as given, fill the sphere?
+    """How evenly do the embeddings (N, D) fill the sphere?
 
         G_2 = log mean_{i<j} exp(-2 ||x_i - x_j||^2)
 
-    At most 0. The lower, the more evenly; at 0 all embeddings are one point. Source:
-    Wang and Isola 2020.
+    At most 0: 0 means that all embeddings are one point; lower is more even. The
+    embeddings are not normalised here. Source: Wang and Isola 2020.
     """
     x = check_embeddings(embeddings)
     N = len(x)
-    # Distances stay the same, and ||x_i||^2 - 2 x_i.x_j + ||x_j||^2 loses fewer digits.
+    # Centring keeps the distances, and ||x_i||^2 - 2 x_i.x_j + ||x_j||^2 then loses
+    # fewer digits.
     x = x - x.mean(0)
     squared_norm = x.square().sum(1)  # (N,)
 
@@ -231,7 +244,8 @@ def uniformity(embeddings):
     for start in progress(starts, len(starts), "uniformity: rows"):
         rows = slice(start, start + chunk_size)
 
-        # -2 ||x_i - x_j||^2 for the chunk's i and all j from its first image on.
+        # -2 ||x_i - x_j||^2 for the chunk's i and all j from its first image on. The
+        # first -2 below is that of -2 x_i.x_j in the square, the second that of G_2.
         exponent = torch.addmm(squared_norm[start:], x[rows], x[start:].T, alpha=-2)
         exponent.add_(squared_norm[rows, None]).clamp_(min=0).mul_(-2)  # (B, N - start)
 
@@ -251,20 +265,21 @@ def spectral_decay(embeddings):
 
         rho = KL(uniform || s) = -log n - (1/n) sum_i log s_i
 
-    s_1 .. s_n are the n = min(N, D) singular values of the embedding matrix (N, D) as
-    given, divided by their sum. At least 0, which means that all directions carry the
-    same; the larger, the fewer of them are in use. A singular value below float32's
-    resolution of the largest (1.2e-7) counts as that much, so that an unused direction
-    costs a finite sum. Source: Roth et al. 2020, "Revisiting Training Strategies and
-    Generalization Performance in Deep Metric Learning".
+    s_1 .. s_n are the n = min(N, D) singular values of the matrix of embeddings (N, D),
+    which are not normalised here, divided by their sum. At least 0: 0 means that all
+    directions carry the same; larger, that fewer are in use. A singular value below
+    float32's resolution of the largest (1.2e-7) counts as that much, so that an unused
+    direction costs a finite sum. Source: Roth et al. 2020, "Revisiting Training
+    Strategies and Generalization Performance in Deep Metric Learning".
     """
     X = check_embeddings(embeddings).double()
-    # The triangular factor of X = QR has the same singular values and is small, (D, D).
+    # The triangular factor of X = QR has the same singular values and is small, (n, D).
     # The Gram matrix would not do: its eigenvalues are their squares, and the small
     # ones weigh most here.
-    R = torch.linalg.qr(X, mode="r").R
-    s = torch.linalg.svdvals(R)  # (n,), the largest first
+    triangular = torch.linalg.qr(X, mode="r").R
+    s = torch.linalg.svdvals(triangular)  # (n,), the largest first
 
+    # 1e-300 counts where all embeddings are zero.
     resolution = torch.finfo(torch.float32).eps
     s = s.clamp(min=max(s[0].item() * resolution, 1e-300))
     s = s / s.sum()
@@ -286,13 +301,12 @@ def density(embeddings, labels):
     embeddings, labels = check(embeddings, labels)
     sums, squares, counts = class_sums(embeddings, labels)
 
-    paired = counts > 1
+    paired = counts > 1  # (C,)
     within = mean_cosine_distance(sums[paired], squares[paired], counts[paired])
     within = within.clamp(min=0).mean()
 
     means = F.normalize(sums, dim=1)  # (C, D)
-    num_classes = torch.tensor(len(means))  # a tensor, as a single class gives 0 / 0
-    between = mean_cosine_distance(means.sum(0), means.square().sum(), num_classes)
+    between = mean_cosine_distance(means.sum(0), means.square().sum(), len(means))
     between = between.clamp(min=1e-12)
 
     return (within / between).item()
@@ -303,28 +317,28 @@ def concentration_variance(embeddings, labels):
 
         R_c            = ||sum of the unit vectors of class c|| / number of its images
         kappa_c        = R_c (D - R_c^2) / (1 - R_c^2)
-        sigma^2_kappa  = variance over c of kappa_c
+        sigma^2_kappa  = population variance over c of kappa_c
 
-    R is the mean resultant length, kappa the concentration of a von Mises-Fisher
-    distribution (Banerjee et al. 2005). 1 - R^2 is at least 1e-6, and classes of one
+    R_c is the mean resultant length, kappa_c the concentration of a von Mises-Fisher
+    distribution (Banerjee et al. 2005). 1 - R_c^2 is at least 1e-6, and classes of one
     image are left out. The estimator of the NIR paper is not known, so compare these
-    values with each other only. For few images R is never near 0 (about 1 / sqrt(n) for
-    n random ones): small classes look more concentrated than they are.
+    values with each other only. For few images R_c is never near 0 (about 1 / sqrt(n)
+    for n random ones): small classes look more concentrated than they are.
     """
     embeddings, labels = check(embeddings, labels)
     sums, _, counts = class_sums(embeddings, labels)
 
     D = sums.shape[1]
-    paired = counts > 1
-    R = sums[paired].norm(dim=1) / counts[paired]
-    kappa = R * (D - R.square()) / (1 - R.square()).clamp(min=1e-6)
-    return kappa.var(correction=0).item()
+    paired = counts > 1  # (C,)
+    R_c = sums[paired].norm(dim=1) / counts[paired]
+    kappa_c = R_c * (D - R_c.square()) / (1 - R_c.square()).clamp(min=1e-6)
+    return kappa_c.var(correction=0).item()
 
 
 def class_sums(embeddings, labels):
-    """For each class: the sum of its unit vectors, of their squares, and their number.
+    """For each class: the sums of its unit vectors and of their squared norms, its size.
 
-    In float64. Shapes (C, D), (C,), (C,). A zero vector stays zero.
+    In float64; shapes (C, D), (C,), (C,). A squared norm is 1, or 0 for a zero vector.
     """
     x = F.normalize(embeddings.double(), dim=1)
     counts = labels.bincount()
@@ -334,9 +348,11 @@ def class_sums(embeddings, labels):
 
 
 def mean_cosine_distance(sums, squares, n):
-    """The mean of 1 - x_i.x_j over all pairs i != j of n unit vectors, from their sums.
+    """Mean of 1 - x_i.x_j over all pairs i != j of n unit vectors.
 
         mean = 1 - (||sum_i x_i||^2 - sum_i ||x_i||^2) / (n (n - 1))
+
+    `sums` (..., D) is the sum of the x_i, `squares` (...) that of their squared norms.
     """
     return 1 - (sums.square().sum(-1) - squares) / (n * (n - 1))
 
@@ -345,12 +361,15 @@ def mean_cosine_distance(sums, squares, n):
 
 
 def uncertainty(embeddings, labels, ambiguity=None):
-    """Does the norm of an embedding say how certain it is? ({name: number}, curve).
+    """Does the norm of an embedding say how certain it is?
 
-    For embeddings (N, D) that are not normalised. An image is right if its nearest
-    neighbour by cosine is of its class.
+    Returns {name: number} and the rejection curve, for embeddings (N, D) that are not
+    normalised. An image is right if its nearest neighbour by cosine is of its class.
+    Unlike in Recall@1 a tie is not counted against it, and an image alone in its class
+    is wrong.
 
-        norm_auroc    chance that a right image has a larger norm than a wrong one
+        norm_auroc    chance that a right image has a larger norm than a wrong one; nan
+                      if all are right or all wrong
         norm_clarity  Spearman correlation of the norm with 1 - ambiguity (N,), if known
 
     The rejection curve is [(fraction rejected, error of the others)], where the images
@@ -369,30 +388,35 @@ def uncertainty(embeddings, labels, ambiguity=None):
 
     values = {"norm_auroc": math.nan}
     if right.any() and wrong.any():
+        # Mann-Whitney's U: in how many pairs the right image has the larger norm.
         wins = scipy.stats.mannwhitneyu(norm[right], norm[wrong]).statistic
         values["norm_auroc"] = float(wins) / float(right.sum() * wrong.sum())
     if ambiguity is not None:
         clarity = 1 - ambiguity.cpu().numpy()
         values["norm_clarity"] = float(scipy.stats.spearmanr(norm, clarity).statistic)
 
-    wrong = wrong[norm.argsort(kind="stable")]  # the lowest norm first
-    curve = [(i / 20, float(wrong[N * i // 20 :].mean())) for i in range(20)]
-    return values, curve
+    wrong_by_norm = wrong[norm.argsort(kind="stable")]  # the lowest norm first
+    rejection_curve = []
+    for i in range(20):
+        error = wrong_by_norm[N * i // 20 :].mean()
+        rejection_curve.append((i / 20, float(error)))
+    return values, rejection_curve
 
 
 def cosines_to_others(unit_embeddings, queries):
-    """Cosines (B, N) of queries, indices (B,), to all images; -inf to the query itself."""
+    """Cosines (B, N) of `queries`, indices (B,), to all images; -inf to themselves."""
     cosines = unit_embeddings[queries] @ unit_embeddings.T
     return cosines.scatter_(1, queries.unsqueeze(1), -math.inf)
 
 
-# -------------------------------------------------------------------------- all metrics
+# ------------------------------------ retrieval, clustering and structure in one call
 
 
 def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
-    """Retrieval, clustering and structure of the space in one call: {name: number}.
+    """Retrieval, clustering and structure of the space. Returns {name: number}.
 
-    Embeddings (N, D) are L2-normalised first; labels (N,). `seed` is that of k-means.
+    For embeddings (N, D), which are L2-normalised first, and labels (N,). `seed` is
+    that of k-means.
     """
     embeddings, labels = check(embeddings, labels)
     embeddings = F.normalize(embeddings, dim=1)
@@ -414,20 +438,20 @@ def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
 
 
 def positives_and_negatives(embeddings, labels, what, similarity=None):
-    """The queries' similarities to their positives and negatives, chunk after chunk.
+    """The similarities of queries to their positives and negatives, chunk after chunk.
 
     Yields, for each chunk of B queries,
-        positives (B, M)   the most similar one first; -inf behind a query's last one
-        negatives (B, N)   in the images' order; -inf where an image is no negative
-    where M is the largest number of positives in the chunk. The similarity is the
-    cosine (0 between a zero vector and all others), or a function of (B, D) and (N, D)
-    to (B, N). Images alone in their class are no queries, which is a warning. `what`
-    names the pass in the line that shows its progress.
+        positives (B, M)   the most similar one first; -inf after a query's last one
+        negatives (B, N)   in the images' order; -inf where an image is not a negative
+    where M is the largest number of positives in the chunk. `similarity` is that of
+    `recall_at_k`; the cosine of a zero vector and any other is 0. Images alone in their
+    class are not used as queries, which a warning tells. `what` names the pass in the
+    line that shows its progress.
     """
     N = len(labels)
     class_size = labels.bincount()  # (C,)
     by_class = labels.argsort(stable=True)  # (N,), the images of class 0, class 1, ...
-    class_start = class_size.cumsum(0) - class_size  # (C,), where they begin in by_class
+    class_start = class_size.cumsum(0) - class_size  # (C,), where each begins there
 
     # Class by class, so that M depends on the classes of one chunk alone.
     queries = by_class[class_size[labels[by_class]] > 1]
@@ -439,35 +463,45 @@ def positives_and_negatives(embeddings, labels, what, similarity=None):
     chunk_size = CHUNK // N
     if similarity is None:
         embeddings = F.normalize(embeddings, dim=1)
-        similarity = dot_products
+        similarity = torch.inner
     else:
-        chunk_size //= 8  # such a function needs room for its intermediate results
+        chunk_size //= 8  # the function needs room for its intermediate results
     chunks = queries.split(max(1, chunk_size))
 
     for query in progress(chunks, len(chunks), what):
-        # A row for each query: the members of its class. All rows are as long as the
+        # A row for each query: the images of its class. All rows are as long as the
         # largest class; in the row of a smaller one, images of other classes follow.
         start = class_start[labels[query]].unsqueeze(1)  # (B, 1)
         size = class_size[labels[query]].unsqueeze(1)  # (B, 1)
         column = torch.arange(int(size.max()), device=labels.device)  # (M + 1,)
         member = by_class[(start + column).clamp(max=N - 1)]  # (B, M + 1)
 
-        # Those images and the query itself are no positives. The query's index replaces
-        # them: then `member` holds the images that are no negatives, and no others.
-        no_positive = (column >= size) | (member == query.unsqueeze(1))
-        member = torch.where(no_positive, query.unsqueeze(1), member)
+        # Neither those others nor the query itself are positives. The query replaces
+        # them, so that `member` is the query's class and nothing else.
+        not_positive = (column >= size) | (member == query.unsqueeze(1))
+        member = torch.where(not_positive, query.unsqueeze(1), member)
 
         similarities = similarity(embeddings[query], embeddings)  # (B, N)
-        positives = similarities.gather(1, member).masked_fill(no_positive, -math.inf)
+        positives = similarities.gather(1, member).masked_fill(not_positive, -math.inf)
         negatives = similarities.scatter_(1, member, -math.inf)
 
-        # Each row holds the query itself, -inf, so the last column is not needed.
+        # Each row ends with at least one -inf, that of the query itself, so the last
+        # column is left out.
         yield positives.sort(dim=1, descending=True).values[:, :-1], negatives
 
 
-def dot_products(queries, others):
-    """The similarity that is used by default: (B, D) and (N, D) -> (B, N)."""
-    return queries @ others.T
+def expected_likelihood(queries, others):
+    """The EL-nivMF paper's similarity of two images: their log ELK, (B, N).
+
+        log ELK = log C_D(||x||) + log C_D(||y||) - log C_D(||x + y||)
+
+    The embeddings, `queries` x (B, D) and `others` y (N, D), are not normalised. They
+    stand for von Mises-Fisher distributions: the direction is the mean, the norm the
+    concentration. C_D is their normaliser.
+    """
+    import prob_dml  # not at the top: no other metric needs it
+
+    return prob_dml.elk_vmf(queries, prob_dml.unit_vectors(others), others.norm(dim=1))
 
 
 # ----------------------------------------------------------- how k-means finds clusters
@@ -479,7 +513,8 @@ def k_means(embeddings, k, seed=0, iterations=100):
     Each point goes to the nearest centre, then each centre to the mean of its points,
     until nothing changes or `iterations` are done.
     """
-    # Distances stay the same, and ||x||^2 - 2 x.c + ||c||^2 loses fewer digits.
+    # Centring keeps the distances, and ||x||^2 - 2 x.c + ||c||^2 then loses fewer
+    # digits.
     x = embeddings - embeddings.mean(0)
     squared_norm = x.square().sum(1)  # (N,)
 
@@ -487,7 +522,7 @@ def k_means(embeddings, k, seed=0, iterations=100):
     clusters = None
     for _ in progress(range(iterations), iterations, "k-means: at most"):
         previous = clusters
-        clusters, distance = nearest_centres(x, squared_norm, centres)
+        clusters, squared_distance = nearest_centres(x, squared_norm, centres)
         if previous is not None and torch.equal(clusters, previous):
             break
 
@@ -498,7 +533,7 @@ def k_means(embeddings, k, seed=0, iterations=100):
         # An empty cluster begins anew at the point that is farthest from its centre.
         empty = (sizes == 0).nonzero().flatten()
         if len(empty):
-            centres[empty] = x[distance.topk(len(empty)).indices]
+            centres[empty] = x[squared_distance.topk(len(empty)).indices]
     return clusters
 
 
@@ -513,7 +548,7 @@ def first_centres(x, squared_norm, k, seed):
     uniform = torch.rand(k, generator=generator, dtype=torch.float64)
 
     chosen = []
-    weight = torch.ones_like(squared_norm)  # (N,), equal: the first is any point
+    weight = torch.ones_like(squared_norm)  # (N,), all equal for the first point
     for i in progress(range(k), k, "k-means: centres"):
         cumulative = weight.double().cumsum(0)
         threshold = cumulative[-1:] * uniform[i]  # (1,)
@@ -522,34 +557,34 @@ def first_centres(x, squared_norm, k, seed):
         chosen.append(index)
 
         # ||x - c||^2 = ||x||^2 - 2 x.c + ||c||^2
-        distance = squared_norm - 2 * (x @ x[index[0]]) + squared_norm[index]  # (N,)
-        distance = distance.clamp(min=0)
-        weight = distance if i == 0 else weight.minimum(distance)
+        squared_distance = squared_norm - 2 * (x @ x[index[0]]) + squared_norm[index]
+        squared_distance = squared_distance.clamp(min=0)  # (N,)
+        weight = squared_distance if i == 0 else weight.minimum(squared_distance)
     return x[torch.cat(chosen)]
 
 
 def nearest_centres(x, squared_norm, centres):
-    """The nearest of the centres (k, D) for points x (N, D), and its squared distance."""
+    """The nearest centre of each point (N,), and its squared distance (N,)."""
     squared_centres = centres.square().sum(1)  # (k,)
-    chunks = x.split(max(1, CHUNK // len(centres)))
-    # min over c of ||c||^2 - 2 x.c, (B, k) -> (B,) for each chunk; ||x||^2 comes last.
-    nearest = [
-        torch.addmm(squared_centres, chunk, centres.T, alpha=-2).min(1)
-        for chunk in chunks
-    ]
-    clusters = torch.cat([minimum.indices for minimum in nearest])
-    distance = squared_norm + torch.cat([minimum.values for minimum in nearest])
-    return clusters, distance
+    clusters, minima = [], []
+    for chunk in x.split(max(1, CHUNK // len(centres))):
+        # Of ||c||^2 - 2 x.c, (B, k). ||x||^2 is the same for all centres, so it is
+        # added at the end.
+        values, indices = torch.addmm(squared_centres, chunk, centres.T, alpha=-2).min(1)
+        clusters.append(indices)
+        minima.append(values)
+    return torch.cat(clusters), squared_norm + torch.cat(minima)
 
 
 # -------------------------------------------------------------- what the metrics accept
 
 
 def check(embeddings, labels, need_positives=False):
-    """The embeddings as `check_embeddings` returns them, and labels from 0 to C - 1.
+    """Convert the embeddings as `check_embeddings` does, and renumber the labels (N,).
 
-    Raises UserError for labels that are not (N,) whole numbers and, with
-    `need_positives`, where no class has two images.
+    Labels become 0 .. C - 1, on the embeddings' device. Raises UserError for labels
+    that are not (N,) whole numbers and, with `need_positives`, where no class has two
+    images.
     """
     embeddings = check_embeddings(embeddings)
     if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
@@ -567,7 +602,7 @@ def check(embeddings, labels, need_positives=False):
 
 
 def check_embeddings(embeddings):
-    """The embeddings (N, D) without gradient, in float32 or float64.
+    """Convert embeddings (N, D) to float32 or float64, without gradient.
 
     Raises UserError unless there are at least two, and all of them are finite.
     """
@@ -580,7 +615,7 @@ def check_embeddings(embeddings):
     if broken:
         raise UserError(
             f"{broken} of {len(embeddings)} embeddings hold NaN or infinity: "
-            "diverged, try a smaller learning rate"
+            "the training diverged, try a smaller learning rate"
         )
     precision = torch.promote_types(embeddings.dtype, torch.float32)
     return embeddings.detach().to(precision)
@@ -628,13 +663,14 @@ def add_border(image, colour):
 
 
 def save_retrieval(
-    path, image, embeddings, labels, num_queries=10, neighbours=5, seed=0
+    path, load_image, embeddings, labels, num_queries=10, neighbours=5, seed=0
 ):
     """Write a picture, each row a random query (grey border) and its nearest images.
 
-    Their border is green if they are of the query's class, red if not. `image(i)` gives
-    picture i, (3, H, W) in [0, 1], all of one size; it is called only for those that
-    are shown. A query has a positive. Raises UserError if no image has one.
+    Their border is green if they are of the query's class, red if not. `load_image(i)`
+    gives picture i, (3, H, W) in [0, 1], all of one size; it is called only for those
+    that are shown. Each query has a positive. Raises UserError if no image has
+    one.
     """
     embeddings, labels = check(embeddings, labels, need_positives=True)
     embeddings = F.normalize(embeddings, dim=1)
@@ -649,20 +685,20 @@ def save_retrieval(
 
     tiles = []
     for query, found in zip(queries.tolist(), nearest.tolist()):
-        tiles.append(add_border(image(query), NEUTRAL))
+        tiles.append(add_border(load_image(query), NEUTRAL))
         for i in found:
             colour = RIGHT if labels[i] == labels[query] else WRONG
-            tiles.append(add_border(image(i), colour))
+            tiles.append(add_border(load_image(i), colour))
     save_image(make_grid(tiles, nrow=1 + neighbours, pad_value=1), path)
 
 
-def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
+def save_norm_extremes(path, load_image, embeddings, labels, classes=8, each=3):
     """Write a picture, each row a class: its images of lowest norm, then of highest.
 
-    `each` images of either kind are shown, with a light and with a dark border. Takes
-    embeddings (N, D) that are not normalised, and `image` as in `save_retrieval`. The
-    classes are evenly spaced among those that have enough images. Raises UserError if
-    no class has two.
+    `each` images of either kind are shown, with a light and with a dark border. The
+    classes are evenly spaced among those that have enough images. The embeddings (N, D)
+    are not normalised; `load_image` is that of `save_retrieval`. Raises UserError if no
+    class has two images.
     """
     embeddings, labels = check(embeddings, labels, need_positives=True)
     counts = labels.bincount()
@@ -678,9 +714,9 @@ def save_norm_extremes(path, image, embeddings, labels, classes=8, each=3):
         members = (labels == c).nonzero().flatten()
         members = members[norms[members].argsort()].tolist()
         for i in members[:each]:
-            tiles.append(add_border(image(i), LOW))
+            tiles.append(add_border(load_image(i), LOW))
         for i in members[-each:]:
-            tiles.append(add_border(image(i), HIGH))
+            tiles.append(add_border(load_image(i), HIGH))
     save_image(make_grid(tiles, nrow=2 * each, pad_value=1), path)
 
 
@@ -698,21 +734,20 @@ PLOT_BOTTOM = 752
 
 
 def save_curves(path, curves):
-    """Write a PNG of {group: a list of percentages by epoch for each of its seeds}.
+    """Write a PNG of Recall@1 by epoch, for {group: a curve for each of its seeds}.
 
-    Each group has a colour, with a thin line for each seed and a thick one for their
-    mean over the epochs that all have. Groups beyond the tenth take the first colours
-    again.
+    A curve is a list of percentages. Each group has a colour: thin lines for the seeds,
+    a thick one for their mean over the epochs that all have. Groups beyond the tenth
+    take the first colours again.
     """
-    runs = [run for group in curves.values() for run in group]
-    epochs = max(len(run) for run in runs)
-    largest = max(value for run in runs for value in run)
-    smallest = min(value for run in runs for value in run)
+    all_curves = [curve for group in curves.values() for curve in group]
+    epochs = max(len(curve) for curve in all_curves)
+    values = [value for curve in all_curves for value in curve]
 
     # About eight grey lines, a whole number of percent apart, that hold all values.
-    step = max(1, math.ceil((largest - smallest) / 8))
-    low = step * int(smallest // step)
-    high = step * int((largest + step) // step)
+    step = max(1, math.ceil((max(values) - min(values)) / 8))
+    low = step * int(min(values) // step)
+    high = step * int((max(values) + step) // step)
 
     def to_pixels(epoch, value):
         """Where an epoch, from 1, and a percentage lie in the picture: (x, y)."""
@@ -720,52 +755,39 @@ def save_curves(path, curves):
         up = (PLOT_BOTTOM - PLOT_TOP) * (value - low) / (high - low)
         return PLOT_LEFT + right, PLOT_BOTTOM - up
 
+    def draw_curve(curve, colour, width):
+        points = [to_pixels(epoch, value) for epoch, value in enumerate(curve, start=1)]
+        draw.line(points, fill=colour, width=width, joint="curve")
+
     # Drawn at twice the size and then reduced, which makes the lines smooth.
     picture = Image.new("RGB", (1440, 840), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(26)
-    draw_axes(draw, to_pixels, epochs, range(low, high + 1, step))
-    draw_curves(draw, to_pixels, curves)
-    picture.resize((720, 420), Image.Resampling.LANCZOS).save(path, format="png")
 
-
-def draw_axes(draw, to_pixels, epochs, ticks):
-    """The axes of `save_curves` with numbers and names, and a grey line at each tick."""
-    for value in ticks:
-        line = [to_pixels(1, value), to_pixels(epochs, value)]
-        draw.line(line, fill="#dddddd", width=2)
-        _, y = to_pixels(1, value)
-        draw.text((PLOT_LEFT - 16, y), str(value), "black", anchor="rm")
-
-    low, high = ticks[0], ticks[-1]
+    # The axes: grey lines, numbers and names.
+    for value in range(low, high + 1, step):
+        x, y = to_pixels(1, value)
+        draw.line([(x, y), to_pixels(epochs, value)], fill="#dddddd", width=2)
+        draw.text((x - 16, y), str(value), "black", anchor="rm")
     for epoch in range(1, epochs + 1, math.ceil(epochs / 15)):
-        x, _ = to_pixels(epoch, low)
-        draw.text((x, PLOT_BOTTOM + 30), str(epoch), "black", anchor="mm")
-
+        x, y = to_pixels(epoch, low)
+        draw.text((x, y + 30), str(epoch), "black", anchor="mm")
     corners = [to_pixels(1, high), to_pixels(1, low), to_pixels(epochs, low)]
     draw.line(corners, fill="black", width=2)
     middle = (PLOT_LEFT + PLOT_RIGHT) / 2
     draw.text((middle, PLOT_BOTTOM + 68), "epoch", "black", anchor="mm")
     draw.text((PLOT_LEFT + 16, PLOT_TOP + 16), "Recall@1, %", "black", anchor="lm")
 
-
-def draw_curves(draw, to_pixels, curves):
-    """The lines of `save_curves`, and a legend in the lower right corner."""
-
-    def draw_line(run, colour, width):
-        points = [to_pixels(epoch, value) for epoch, value in enumerate(run, start=1)]
-        draw.line(points, fill=colour, width=width, joint="curve")
-
-    for i, (name, runs) in enumerate(curves.items()):
+    # The curves, and a legend in the lower right corner.
+    for i, (name, group) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
-        for run in runs:
-            draw_line(run, colour, width=1)
-        values_by_epoch = list(zip(*runs))
-        draw_line(np.mean(values_by_epoch, axis=1), colour, width=6)
-
+        for curve in group:
+            draw_curve(curve, colour, width=1)
+        draw_curve(np.mean(list(zip(*group)), axis=1), colour, width=6)
         y = PLOT_BOTTOM + 10 - 34 * (len(curves) - i)
-        label = f"{name} (n = {len(runs)})"
-        draw.text((PLOT_RIGHT - 16, y), label, colour, anchor="rm")
+        text = f"{name} (n = {len(group)})"
+        draw.text((PLOT_RIGHT - 16, y), text, colour, anchor="rm")
+    picture.resize((720, 420), Image.Resampling.LANCZOS).save(path, format="png")
 
 
 # --------------------------------------------------------------------------- comparison
@@ -773,8 +795,8 @@ def draw_curves(draw, to_pixels, curves):
 # The metrics of the table, unless others are asked for.
 HEADLINE = ("recall@1", "map@r", "nmi")
 
-# Runs are grouped by all settings of args.json but these. They do not change what is
-# computed, or are what a repetition changes.
+# Runs whose args.json differ in nothing but these are a group. The entries do not
+# change what is computed, or change when a run is repeated with another seed.
 CIRCUMSTANCES = (
     "seed", "out", "resume", "device", "workers", "data_root",
     "command", "torch", "commit",
@@ -782,78 +804,63 @@ CIRCUMSTANCES = (
 
 
 def read_run(folder):
-    """A finished run as a dictionary. Raises UserError that says why it is none.
+    """What a finished run has left in its folder (a Path), as a dictionary.
 
-    name       the folder's name without the seed, as in NAME-seed0, NAME-seed0-2,
-    NAME/0 settings   what args.json holds, except for CIRCUMSTANCES protocol   data
-    set, epochs and validation classes, in words: only equal ones are compared numbers
-    {metric: number}, see `run_numbers` curve      Recall@1 by epoch in percent, of the
-    validation classes where there are any seed, command, torch, commit   as in
-    args.json, and the folder itself
+    Raises whatever comes of a file that is missing or broken; see `read_runs`.
     """
-    try:
-        return run_from_files(folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        missing = Path(error.filename).name
-        raise UserError(f"missing or unfinished: no {missing}") from None
-    except Exception as error:  # reading files that somebody changed fails in any way
-        raise UserError(
-            "args.json, results.json or log.csv is broken: "
-            f"{type(error).__name__}: {error}"
-        ) from None
-
-
-def run_from_files(folder):
-    """The dictionary of `read_run`, without its care for missing and broken files."""
     args = json.loads((folder / "args.json").read_text())
     results = json.loads((folder / "results.json").read_text())
     log = []
     for row in csv.DictReader((folder / "log.csv").read_text().splitlines()):
         log.append({column: float(value) for column, value in row.items()})
 
+    # Data sets of one's own are told apart by the name of their folder.
     dataset = args["dataset"]
-    if dataset == "folder":  # own photographs are told apart by the name of their folder
+    if dataset == "folder":
         dataset = f"folder {Path(args['data_root']).name}"
-    seed = rf"[-_/](s(eed)?[-_]?)?{args['seed']}(-\d+)?$"
-    name = Path(re.sub(seed, "", str(folder.absolute()))).name
 
-    run = {"folder": folder, "name": name}
-    for key in ("seed", "command", "torch", "commit"):
-        run[key] = args[key]
-    run["settings"] = {}
+    # NAME-seed0, NAME/0 or, for a second run, NAME-seed0-2: all are called NAME.
+    seed_suffix = rf"[-_/](s(eed)?[-_]?)?{args['seed']}(-\d+)?$"
+    name = Path(re.sub(seed_suffix, "", str(folder.absolute()))).name
+
+    settings = {}
     for key, value in args.items():
         if key not in CIRCUMSTANCES and value is not None:
-            run["settings"][key] = value
-    run["protocol"] = (
-        f"{dataset}, {args['epochs']} epochs, val_fraction {args['val_fraction']}"
-    )
-    run["numbers"] = run_numbers(log, results)
-    run["curve"] = []
+            settings[key] = value
+
+    numbers, curve = {}, []
     for row in log:
+        for column, value in row.items():
+            numbers[f"{column}@{row['epoch']:.0f}"] = value
         recall = row.get("val_recall@1", row.get("test_recall@1", math.nan))
-        run["curve"].append(100 * recall)
-    return run
-
-
-def run_numbers(log, results):
-    """{metric: number} of a run, of log.csv and of results.json's last epoch.
-
-    These are COLUMN@EPOCH for each entry of the log, then the columns of its last row,
-    then the results. The later of two names counts: recall@1 is the metric, not a
-    column.
-    """
-    numbers = {}
-    for row in log:
-        for column in row:
-            numbers[f"{column}@{row['epoch']:.0f}"] = row[column]
+        curve.append(100 * recall)
+    # Of two equal names the later counts: map@2 is a metric of results.json, even where
+    # the log has a column `map`.
     numbers.update(log[-1])
     for metric, value in results["last"].items():
         numbers[metric] = float(value)
-    return numbers
+
+    return {
+        "folder": folder,
+        "name": name,
+        "seed": args["seed"],
+        "command": args["command"],
+        "torch": args["torch"],
+        "commit": args["commit"],
+        "settings": settings,
+        # In words; only runs with the same protocol are compared.
+        "protocol": (
+            f"{dataset}, {args['epochs']} epochs, val_fraction {args['val_fraction']}"
+        ),
+        # {metric: number}: the last epoch's, and COLUMN@EPOCH of the log.
+        "numbers": numbers,
+        # Recall@1 by epoch in percent, of the validation classes where there are any.
+        "curve": curve,
+    }
 
 
 def number_format(name, values):
-    """How a metric is written: (factor, unit, format of values, format of deviation)."""
+    """How a metric is written: factor, unit, format of values, format of deviation."""
     is_gradient_share = name.startswith("grad_share_")
     if is_gradient_share and abs(np.mean(values)) < 1e-3:
         return 1, "", ".2g", ".2g"  # in percent it would lose its digits
@@ -908,27 +915,36 @@ def format_difference(name, differences):
 
 
 def read_runs(folders, baseline):
-    """The finished runs, a baseline first, and sentences that say why others are none.
+    """The finished runs, the baseline first, and why each other folder is left out.
 
-    A run that is given twice counts once. Raises UserError if the baseline is no
+    A run that is given twice counts once. Raises UserError if the baseline is not a
     finished run.
     """
-    folder_of = {}
+    different = {}
     for folder in [baseline, *folders]:
         if folder:
-            folder_of[Path(folder).resolve()] = Path(folder)
+            different[Path(folder).resolve()] = Path(folder)
 
     runs, left_out = [], []
-    for folder in folder_of.values():
+    for folder in different.values():
         try:
-            runs.append(read_run(folder))
-        except UserError as error:
-            if baseline and not runs:  # the baseline itself, as it is read first
-                raise UserError(
-                    f"--baseline {baseline} is no finished run ({error}): "
-                    "give one that is"
-                ) from None
-            left_out.append(f"{folder} ({error})")
+            run = read_run(folder)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            reason = f"missing or unfinished: no {Path(error.filename).name}"
+        except Exception as error:  # a file that somebody changed fails in any way
+            reason = (
+                "args.json, results.json or log.csv is broken: "
+                f"{type(error).__name__}: {error}"
+            )
+        else:
+            runs.append(run)
+            continue
+
+        if baseline and not runs:  # the baseline itself, as it is read first
+            raise UserError(
+                f"--baseline {baseline} is no finished run ({reason}): give one that is"
+            )
+        left_out.append(f"{folder} ({reason})")
     return runs, left_out
 
 
@@ -953,17 +969,19 @@ def choose_protocol(runs, baseline):
 
 
 def group_runs(runs):
-    """Lists of the runs that have the same settings; each list is a group.
+    """The groups: lists of the runs that have the same settings.
 
     Also says which runs are left out, because their group has a run of the same seed.
     """
     groups, left_out = {}, []
     for run in runs:
         settings = json.dumps(run["settings"], sort_keys=True)
-        group = groups.setdefault(settings, {})
-        known = group.setdefault(run["seed"], run)
-        if known is not run:
-            left_out.append(f"{run['folder']} (same seed as {known['folder']})")
+        group = groups.setdefault(settings, {})  # {seed: run}
+        seed = run["seed"]
+        if seed in group:
+            left_out.append(f"{run['folder']} (same seed as {group[seed]['folder']})")
+        else:
+            group[seed] = run
     return [list(group.values()) for group in groups.values()], left_out
 
 
@@ -987,6 +1005,7 @@ def check_metrics(metrics, runs):
     names = dict.fromkeys(name for run in runs for name in run["numbers"])
     unknown = [name for name in metrics if name not in names]
     if unknown:
+        # All but COLUMN@EPOCH, which are too many to list.
         listed = [name for name in names if name.rpartition("@")[0] not in names]
         raise UserError(
             f"no run has the metric {', '.join(unknown)}: there is {', '.join(listed)} "
@@ -995,7 +1014,11 @@ def check_metrics(metrics, runs):
 
 
 def table_rows(groups, titles, metrics, baseline):
-    """The rows of the comparison's table, each a list of texts."""
+    """The rows of the comparison's table, each a list of texts.
+
+    With a baseline, whose group is the first, the last column shows the differences to
+    that group in the first metric, paired by seed.
+    """
     header = ["", "n", *metrics]
     if baseline:
         header.append(f"{metrics[0]} minus {titles[0]} [95 %]")
@@ -1006,32 +1029,31 @@ def table_rows(groups, titles, metrics, baseline):
         for metric in metrics:
             values = [run["numbers"].get(metric, math.nan) for run in group]
             row.append(format_metric(metric, values))
-        if baseline:
-            row.append(difference_to(groups[0], group, metrics[0]))
         rows.append(row)
+
+        if baseline:
+            by_seed = {}
+            for run in group:
+                by_seed[run["seed"]] = run["numbers"].get(metrics[0], math.nan)
+            if group is groups[0]:
+                base = by_seed
+                row.append("-")
+            else:
+                differences = []
+                for seed, value in by_seed.items():
+                    differences.append(value - base.get(seed, math.nan))
+                row.append(format_difference(metrics[0], differences))
     return rows
-
-
-def difference_to(baseline_group, group, metric):
-    """The text of a group's differences to the baseline's group, paired by seed."""
-    if group is baseline_group:
-        return "-"
-    base = {run["seed"]: run["numbers"].get(metric, math.nan) for run in baseline_group}
-    differences = []
-    for run in group:
-        value = run["numbers"].get(metric, math.nan)
-        differences.append(value - base.get(run["seed"], math.nan))
-    return format_difference(metric, differences)
 
 
 def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
     """Compare finished runs over their seeds. Returns Markdown.
 
     First the commands, then a table with a row for each group of runs that differ by
-    seed alone, at last what was left out. `metrics` are names of `run_numbers`.
-    `baseline`, any run of a group, makes that group the first row, to which the others'
-    differences in the first metric are shown, paired by seed. `curves` is a file for
-    `save_curves` of Recall@1. Raises UserError if the baseline is no finished run, if
+    seed alone, at last what was left out. `metrics` are names in the `numbers` of
+    `read_run`. `baseline`, any run of a group, makes that group the first row, to which
+    the others' differences in the first metric are shown, paired by seed. `curves` is a
+    file for `save_curves`. Raises UserError if the baseline is not a finished run, if
     no run has a metric, or if no run is left.
     """
     runs, unreadable = read_runs(folders, baseline)
@@ -1055,6 +1077,7 @@ def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
     lines = []
     for title, group in zip(titles, groups):
         seeds = ", ".join(str(run["seed"]) for run in group)
+        # One command for all seeds, with N for the number.
         command = re.sub(r"(seed[ =-]?)\d+", r"\1N", group[0]["command"])
         lines.append(f"- {title}, seed {seeds}: `{command}`")
     for key in ("torch", "commit"):
@@ -1071,7 +1094,7 @@ def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
 
 
 # --------------------------------------------------------------------------------- main
-# `common` uses this file's metrics, so the functions below import it when called.
+# `common` imports this file, so the functions below import it when they are called.
 
 
 def make_parser():
@@ -1123,9 +1146,9 @@ def check_options(parser, options):
         "compare": ("baseline", "metrics", "out", "curves"),
     }
     for needed, names in needed_by.items():
-        given = [f"--{name}" for name in names if getattr(options, name)]
-        if given and not getattr(options, needed):
-            parser.error(f"{', '.join(given)} without --{needed}")
+        given_flags = [f"--{name}" for name in names if getattr(options, name)]
+        if given_flags and not getattr(options, needed):
+            parser.error(f"{', '.join(given_flags)} without --{needed}")
 
     if options.images and (options.pictures or options.retrieval or options.data_root):
         parser.error(
@@ -1155,8 +1178,10 @@ def embed_images(options, checkpoint):
     """
     import common
 
-    given = {key: value for key, value in vars(options).items() if value is not None}
-    args = argparse.Namespace(**{**checkpoint["args"], **given})
+    args = argparse.Namespace(**checkpoint["args"])
+    for name, value in vars(options).items():
+        if value is not None:
+            setattr(args, name, value)
     device = common.make_device(args.device)
     if options.images:
         split = data.load_pictures(options.images)
@@ -1188,45 +1213,16 @@ def save_embeddings(path, embeddings, split):
     print(f"embeddings of {len(paths)} images written to {path}")
 
 
-def expected_likelihood(queries, others):
-    """log ELK (B, N) of the vMFs that embeddings (B, D) and (N, D) stand for."""
-    import prob_dml
-
-    return prob_dml.elk_vmf(queries, prob_dml.unit_vectors(others), others.norm(dim=1))
-
-
-def measure(embeddings, split, dataset, retrieval):
-    """All metrics of a split as {name: number}, and the rejection curve."""
-    ks = data.usual_ks(dataset)
-    norm_metrics, curve = uncertainty(embeddings, split.labels, split.ambiguity)
-    metrics = all_metrics(embeddings, split.labels, ks)
-    metrics.update(norm_metrics)
-    if retrieval == "elk":
-        recall = recall_at_k(embeddings, split.labels, ks, expected_likelihood)
-        for k, value in recall.items():
-            metrics[f"recall@{k} elk"] = value
-    return metrics, curve
-
-
-def save_metrics(folder, metrics, curve):
-    """Write metrics.json and rejection.csv."""
-    import common
-
-    common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
-    rows = [{"rejected": fraction, "error": error} for fraction, error in curve]
-    common.save_file(folder / "rejection.csv", common.csv_text(rows))
-
-
 def save_pictures(folder, embeddings, split, args):
     """Write retrieval.png and norms.png, with the images as the network sees them."""
     images = data.Images(split, data.test_transform(args.image_size, args.augment))
 
-    def image(i):
+    def load_image(i):
         pixels, _ = images[i]
         return pixels / 255
 
-    save_retrieval(folder / "retrieval.png", image, embeddings, split.labels)
-    save_norm_extremes(folder / "norms.png", image, embeddings, split.labels)
+    save_retrieval(folder / "retrieval.png", load_image, embeddings, split.labels)
+    save_norm_extremes(folder / "norms.png", load_image, embeddings, split.labels)
     print(
         f"pictures: {folder / 'retrieval.png'} "
         "(query, then its nearest; green right, red wrong), "
@@ -1254,11 +1250,23 @@ def main(argv=None):
     if options.images:
         return
 
-    metrics, curve = measure(embeddings, split, args.dataset, options.retrieval)
-    metrics = {"epoch": checkpoint["epoch"], **metrics}
+    ks = data.usual_ks(args.dataset)
+    norm_metrics, curve = uncertainty(embeddings, split.labels, split.ambiguity)
+    metrics = {
+        "epoch": checkpoint["epoch"],
+        **all_metrics(embeddings, split.labels, ks),
+        **norm_metrics,
+    }
+    if options.retrieval == "elk":
+        recall = recall_at_k(embeddings, split.labels, ks, expected_likelihood)
+        for k, value in recall.items():
+            metrics[f"recall@{k} elk"] = value
+
     print(common.table({Path(options.checkpoint).name: metrics}))
     folder = Path(options.checkpoint).parent
-    save_metrics(folder, metrics, curve)
+    common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
+    rows = [{"rejected": rejected, "error": error} for rejected, error in curve]
+    common.save_file(folder / "rejection.csv", common.csv_text(rows))
     if options.pictures:
         save_pictures(folder, embeddings, split, args)
     print(f"numbers: {folder / 'metrics.json'}, {folder / 'rejection.csv'}")
