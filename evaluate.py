@@ -1262,8 +1262,9 @@ def main(argv=None):
         for k, value in recall.items():
             metrics[f"recall@{k} elk"] = value
 
-    print(common.table({Path(options.checkpoint).name: metrics}))
-    folder = Path(options.checkpoint).parent
+    file = Path(options.checkpoint)
+    folder = file.parent
+    print(common.table({file.name: metrics}))
     common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
     rows = [{"rejected": rejected, "error": error} for rejected, error in curve]
     common.save_file(folder / "rejection.csv", common.csv_text(rows))

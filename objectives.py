@@ -23,11 +23,12 @@ losses; the objective, which is a loss with its miner; the settings; main.
     W_c         row c of `proxies` (C, D), the learned vector of class c
     theta_ic    the angle between e_i and W_c; `cosine` (B, C) is its cosine
     [x]+        `F.relu`, the larger of x and 0
-    alpha       the margin: `margin` in Triplet and Margin, `alpha` in Lifted and GenLifted
+    alpha       the margin: `margin` in Triplet and Margin, else `alpha`; in MultiSimilarity a scale
     B, C, D, T  images of a batch, classes, dimensions, triplets
 
-One step of the training, as `common.train_one_epoch` runs it. `network` is a backbone and
-one linear layer, `objective` an instance of `Objective`, `optimizer` one Adam over both.
+One step of the training, as `common.train_one_epoch` runs it. `network` is a backbone and one
+linear layer, `objective`, which common.py calls criterion, an instance of `Objective`,
+`optimizer` one Adam over both.
 
     embeddings = network(images)                        # e, not normalised, (B, D)
     losses = objective.losses(embeddings, labels)       # {"margin": scalar}
@@ -126,7 +127,8 @@ class Margin(Ranking):
     the fraction of summands above 0, in the log.
 
     With granularity `class` beta is (C,), and beta_a belongs to the class of the anchor; with
-    `global` beta is one number for all. (The tutorial adds up both and one for each image.)
+    `global` beta is one number for all. (The tutorial's beta is the sum of a global, a class
+    and an image term.)
 
     Wu, Manmatha, Smola, Kraehenbuehl, "Sampling Matters in Deep Embedding Learning",
     ICCV 2017; nu as in the authors' code.
@@ -315,10 +317,10 @@ def distances(embeddings):
 def sample_column(weights, generator):
     """Choose a column of each row at random, in proportion to the weights: (T, B) -> (T,).
 
-    -log(u) / weight is an exponentially distributed time whose rate is the weight. The column
-    with the shortest time is chosen with a probability proportional to its weight. Taken is the
-    largest inverse, which is 0 for a weight of 0. A mask serves as weights 0 and 1.
-    torch.multinomial does the same, but refuses T = 0.
+    -log(u) / weight is an exponentially distributed time whose rate is the weight. A column is
+    the fastest with a probability proportional to its weight. argmax takes the largest 1 /
+    time, which is 0 for a weight of 0. A mask serves as weights 0 and 1. torch.multinomial does
+    the same, but refuses T = 0.
     """
     u = torch.rand(weights.shape, device=weights.device, generator=generator)
     inverse_time = weights / -u.log()
@@ -350,8 +352,8 @@ def mine_random(embeddings, labels, generator=None):
 def mine_semihard(embeddings, labels, margin=0.2, generator=None):
     """A negative that is farther than the positive, but by less than the loss's margin.
 
-    n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty. The idea
-    is FaceNet's, which compares d^2. Here d is compared, as in Revisiting's code.
+    n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty. The
+    idea is FaceNet's, which compares d^2. Here d is compared, as in Revisiting's code.
     """
     a, p, negatives = choose_positives(labels, generator)
     d = distances(embeddings)[a]                                  # (T, B)
@@ -495,7 +497,7 @@ class SphereFace(ClassVectors):
         psi(t)    = (-1)^k cos(m t) - 2k     for t in [k pi/m, (k+1) pi/m]
 
     psi falls steadily from 1 to 1 - 2m. With annealing, as the authors train it, the
-    own class begins near the plain softmax:
+    own class begins near its logit without margin:
 
         logits_iy = ||e_i|| (la cos(theta_iy) + psi(theta_iy)) / (1 + la)
         la        = max(5, 1000 / (1 + 0.12 step))
@@ -574,8 +576,8 @@ class ArcFace(ClassVectors):
         cosine = self.cosine(embeddings)                          # (B, C)
         cos_y = cosine.gather(1, own)                             # (B, 1)
 
-        # cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). The clamp makes the gradient 0
-        # at cos(theta) = 1 and -1, where that of the root alone is infinite.
+        # cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). The clamp makes the sine's
+        # gradient 0 at cos(theta) = 1 and -1, where the root's is infinite.
         sine_squared = (1 - cos_y) * (1 + cos_y)
         sine = sine_squared.clamp(min=1e-12).sqrt()
         shifted = cos_y * math.cos(m) - sine * math.sin(m)
@@ -676,16 +678,16 @@ class Objective(nn.Module):
 # margin for example, is a default of the constructors above.
 #
 # `paper` is Revisiting's, with ImageNet's weights. `sop`, for Stanford Online Products, differs
-# in the epochs and in normsoftmax's loss_lr. `scratch` is for a network that starts from nothing
-# (--weights none). It is nir.py's except for lr and loss_lr, so that the results of the two
-# scripts can be compared. lr is the best of three on validation classes (RESULTS.md): 3e-4 for
-# arcface, 3e-3 for the others.
+# in the epochs and in normsoftmax's loss_lr. `scratch` is for a network that starts from
+# nothing (--weights none). It is nir.py's except for lr and loss_lr, so that the results of the
+# two scripts can be compared. lr is the best of three on validation classes (RESULTS.md): 3e-4
+# for arcface, 3e-3 for the others.
 #
 # loss_lr is the rate of the loss's parameters as a multiple of lr. The published rates are 5e-4
 # for boundaries and ArcFace (50 times lr), and 1e-5 for normsoftmax (1 time; on SOP 2e-3, 200
-# times). For softmax and SphereFace, for which none are published, they are ArcFace's. Those of
-# `scratch` are ours. In the first `warmup` epochs the backbone is not trained; after each of the
-# epochs in lr_steps, all rates are multiplied by lr_gamma. `beta` is Margin's granularity.
+# times). Softmax and SphereFace have no published rate and use ArcFace's. Those of `scratch`
+# are ours. In the first `warmup` epochs the backbone is not trained; after each of the epochs
+# in lr_steps, all rates are multiplied by lr_gamma. `beta` is Margin's granularity.
 
 COLUMNS = ("epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
            "loss_lr", "miner", "beta")
