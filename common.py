@@ -203,8 +203,7 @@ def training_loader(args, split, device):
     batches = data.ClassBatches(split.labels, args.batch_size, seed=args.seed)
     rank, world = processes()
     if args.batch_size % world:
-        # Pairs of images and processes must both divide it: the next size below that fits, else
-        # the smallest.
+        # A multiple of 2 and of world: the next one below, or the smallest.
         unit = math.lcm(2, world)
         fits = max(unit, args.batch_size // unit * unit)
         raise UserError(f"--batch_size {args.batch_size} cannot be shared by {world} processes: "
@@ -238,7 +237,7 @@ def check_finite(loss, losses):
 
 @contextlib.contextmanager
 def errors_name_step(epoch, step, out):
-    """Turn the criterion's ValueError, "problem: remedy", into a UserError that names the step."""
+    """Turn a step's ValueError, "problem: remedy", into a UserError that names the step."""
     try:
         yield
     except ValueError as error:
@@ -306,7 +305,8 @@ def evaluate_checkpoints(args, out, test_split, selection, device):
 # ----------------------------------------------------------------------------------- the network
 # BACKBONES holds functions of the image size that return (module, width of its features), or
 # (module, width, mean, deviation). Mean and deviation, three numbers in [0, 1] each, are what
-# images are normalised with: ImageNet's if left out, nothing if both are None.
+# images are normalised with: ImageNet's if left out. If both are None, the backbone gets pixels
+# from 0 to 255.
 
 
 def resnet50(image_size):
@@ -338,13 +338,13 @@ class AverageAndMaximum(nn.Module):
 class Network(nn.Module):
     """Backbone and one linear layer: images (B, 3, H, W) -> embeddings (B, D), not normalised.
 
-    Images may be on any device. uint8 images are normalised first; float ones are taken as
-    normalised already. `pooling` double adds the maximum to the average pooling, which resnet50
-    has. `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet weights; a
-    network that starts from nothing has no statistics to keep. The attribute `precision`,
-    float32 or bfloat16, is the backbone's; the embedding layer computes in the precision of its
-    weights. Raises UserError for an unknown backbone, or one without the average pooling that
-    `double` replaces.
+    Images may be on any device. uint8 images are normalised first; float ones go to the
+    backbone as they are. `pooling` double puts average + maximum in place of the backbone's
+    layer `avgpool`. `freeze_norm` keeps BatchNorm in eval mode, as both papers do with ImageNet
+    weights; a network that starts from nothing has no statistics to keep. The attribute
+    `precision`, float32 or bfloat16, is the backbone's; the embedding layer computes in the
+    precision of its weights. Raises UserError for an unknown backbone, or with `double` for one
+    without that layer.
     """
 
     def __init__(self, arch, embed_dim, image_size=224, pooling="average", freeze_norm=False):
@@ -372,8 +372,7 @@ class Network(nn.Module):
         weight = self.embedding.weight
         are_pixels = images.dtype == torch.uint8
         images = images.to(weight.device, non_blocking=weight.is_cuda)
-        # Convolutions are faster in channels_last. Floats, which may be features, keep their
-        # layout.
+        # Convolutions are faster in channels_last. Floats may be features of any dimension.
         layout = torch.channels_last if are_pixels else torch.preserve_format
         images = images.to(weight.dtype, memory_format=layout)
         if are_pixels and self.mean is not None:
@@ -412,7 +411,8 @@ def build_network(args, checkpoint=None, device=torch.device("cpu")):  # noqa: B
         except RuntimeError as error:
             raise UserError("the checkpoint does not hold the network its settings name "
                             f"({args.arch}, D = {args.embed_dim}): {last_line(error)}") from None
-    precision = getattr(args, "precision", "auto")      # an old checkpoint has none
+    # A run keeps the precision that it was trained with; an old checkpoint has none.
+    precision = getattr(args, "precision", "auto")
     network.precision = backbone_precision(precision, device)
     _, world = processes()
     if device.type == "cuda" and world > 1 and not network.freeze_norm:
@@ -515,7 +515,7 @@ def backbone_precision(precision, device):
 
 # ------------------------------------------------------------------------------ the command line
 
-LAUNCHER = "python"         # what starts a script, for advice and args.json; another may set it
+LAUNCHER = "python"         # printed before a script's name; a program that starts it may set it
 current_run = None          # folder of the run that is being trained, for `print_interrupted`
 
 
@@ -585,7 +585,7 @@ def add_data_and_network_options(p):
     add("--pooling", choices=("average", "double"), default="average",
         help="How features are pooled; double adds the maximum to the average. Default: average.")
     add("--image_size", type=positive(int),
-        help="Pixels on a side. Default: 224; for conv4 32 on toy, else 64.")
+        help="Pixels on a side. Default: 224; for conv4 64, on toy 32.")
     add("--augment", choices=("photo", "light"),
         help="photo is the papers' crop and flip, light is less. Default: light for conv4, else "
              "photo.")
@@ -601,7 +601,7 @@ def add_training_options(p):
     add("--warmup", type=not_negative(int),
         help="Epochs in which the backbone is not trained. Default: the preset's.")
     add("--batch_size", type=positive(int),
-        help="Images in a batch, two of each class. Default: the preset's, or less if need be.")
+        help="Images in a batch, in pairs of a class. Default: the preset's, or less if need be.")
     add("--lr", type=positive(float),
         help="Adam's learning rate for the network. Default: the preset's.")
     add("--lr_steps", type=int, nargs="*",
@@ -630,7 +630,7 @@ def add_run_options(p):
 
 
 def positive(kind, zero=False, below=math.inf):
-    """An argparse type: an int or float above zero, or with `zero` at least zero, below `below`."""
+    """An argparse type: 0 < value < below, or with `zero` 0 <= value < below."""
 
     def convert(text):
         value = kind(text)
@@ -651,9 +651,10 @@ not_negative = functools.partial(positive, zero=True)
 def parse(p, preset, argv=None, fixed=None):
     """The settings of a run: what the command line says, and where it is silent the preset's.
 
-    `preset(args) -> {option: value}` fills in what is not given. Its batch size becomes
-    `usual_batch_size`, which may shrink for few classes; the user's own may not. `fixed(args)
-    -> {name: value}` is what no option changes. With --resume the settings are the run's.
+    `preset(args) -> {option: value}` fills in what is not given. Its batch size goes to
+    `usual_batch_size`: `training_loader` lowers it where the classes are few, but never the
+    user's. `fixed(args) -> {name: value}` are constants without an option, for --help and
+    args.json. With --resume the settings are the run's.
     """
     args = p.parse_args(argv)
     show_help = "help" in args                      # set only if -h was given
@@ -715,7 +716,7 @@ def settings_text(args, settings):
     return "\n".join(lines)
 
 
-# Options that may differ when a run is resumed.
+# Options in which a resumed run may differ. (It stays in its folder, whatever --out says.)
 CIRCUMSTANCES = {"device", "workers", "resume", "out", "data_root"}
 
 
@@ -734,7 +735,8 @@ def resumed_settings(p, args, argv):
         if key not in CIRCUMSTANCES and value != saved[key]:
             raise UserError(f"--{key} {value} contradicts the run in {args.resume}, which has "
                             f"{saved[key]}: leave the option out to resume, or start a new run")
-    given.out = str(Path(args.resume).parent)           # a resumed run stays in its folder
+    given.out = str(Path(args.resume).parent)
+    # What is saved has also what `parse` adds, such as `fixed`.
     circumstances = {key: getattr(given, key) for key in CIRCUMSTANCES}
     return argparse.Namespace(**{**saved, **circumstances})
 
@@ -752,8 +754,8 @@ def defaults(*classes):
 def check_options(make_criterion):
     """Make the criterion once, so that options that do not fit are named before data is read.
 
-    A ValueError of its construction begins with the parameter's name. The option has the same,
-    but for --embed_dim, which is `dim` there.
+    A ValueError of its construction begins with the parameter's name. The option has the same
+    name, except that `dim` is --embed_dim.
     """
     try:
         make_criterion(num_classes=2)
@@ -770,7 +772,8 @@ def table(columns):
     for name in names:
         row = [name]
         for metrics in columns.values():
-            row.append(evaluate.format_metric(name, [metrics.get(name, math.nan)]))
+            value = metrics.get(name, math.nan)         # nan is shown as "-"
+            row.append(evaluate.format_metric(name, [value]))
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -982,9 +985,10 @@ def distribute(model):
 
 
 def copy_buffers(model):
-    """Copy the first process's buffers to all, as DistributedDataParallel does before each step.
+    """Copy the first process's buffers to all, so that all evaluate with the same.
 
-    It does not after the last one, and on CPUs the processes' BatchNorm averages differ.
+    DistributedDataParallel does this before each step, but not after an epoch's last. On CPUs,
+    without SyncBatchNorm, the running averages differ by then.
     """
     _, world = processes()
     if world > 1:
@@ -1003,10 +1007,9 @@ def gather(rows):
     all_rows = [torch.empty_like(rows) for _ in range(world)]
     dist.all_gather(all_rows, rows.detach().contiguous())
     if rows.requires_grad:
-        # All processes compute the same loss. Its gradient at the own rows gives this process's
-        # part of the network's gradient. DistributedDataParallel averages these parts where
-        # they should add up: so the gradient is scaled by world here, and the value is not, as
-        # the difference is zero. (The criterion's gradients are the same everywhere; their mean
-        # is right.)
+        # A process's own rows give its part of the network's gradient. The parts should add up,
+        # but DistributedDataParallel averages them: hence the factor world. (The criterion's
+        # gradients are equal in all processes, so their mean is right.) rows - rows.detach() is
+        # 0, and has the gradient 1.
         all_rows[rank] = all_rows[rank] + world * (rows - rows.detach())
     return torch.cat(all_rows)

@@ -39,13 +39,13 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def clear_errors(action, remedy):
-    """Raise a failure of network, disk, archive or another process as a UserError.
+    """Raise a failure of network, disk or another process as a UserError.
 
-    It reads "ACTION failed (REASON); REMEDY".
+    It reads "ACTION failed (REASON); REMEDY". A UserError passes unchanged.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, a lost process
         if getattr(error, "errno", None) == errno.ENOSPC:
             remedy = "the disk is full: make room and run again"
         reason = str(getattr(error, "reason", error)).partition("\n")[0]
@@ -96,10 +96,10 @@ def progress(items, total, what):
 class Split(NamedTuple):
     """Images with their labels and class names.
 
-    It is a whole data set, or the classes to train, validate or test with. Labels run
-    from 0 to `len(class_names) - 1`. Ambiguity says how hard an image is to recognise;
-    it is known for toy and for corrupted images only. Corruption says how much the
-    dataset `Images` spoils an image by noise and erasing.
+    It is a whole data set, or the classes to train, validate or test with. Labels run from
+    0 to `len(class_names) - 1`. Ambiguity says how hard an image is to recognise; it is
+    known for toy and for corrupted images only. Corruption says how much noise and erasing
+    `corrupt` adds to an image.
     """
     images: list  # N paths, or N uint8 arrays (H, W)
     labels: torch.Tensor  # (N,) int64
@@ -292,6 +292,7 @@ def read_cars196(folders, path_field, names_file):
     """A Split of all images of Cars196.
 
     `folders` maps each list of images to the folder that its paths are relative to.
+    `names_file` holds the class names; in the older layout that is the same list.
     """
     paths, labels = [], []
     for image_list, folder in folders.items():
@@ -349,9 +350,9 @@ def read_sop(base, name):
 def load_folder(root):
     """One's own photographs, in a sub-folder for each class.
 
-    Classes are sorted by name. Pictures that are in no sub-folder are left out, and so
-    are sub-folders without a picture, with a warning. Raises UserError where there are
-    fewer than two classes.
+    Classes are sorted by name. Pictures in no sub-folder are left out; a sub-folder without
+    a picture is left out with a warning. Raises UserError where there are fewer than two
+    classes.
     """
     root = Path(root)
     if not root.is_dir():
@@ -381,8 +382,8 @@ def load_folder(root):
 def load_pictures(folder):
     """A Split of all pictures below a folder, sorted by path, without hidden ones.
 
-    A picture's class is the sub-folder of `folder` that holds it, at any depth, or ""
-    if it is in none. Raises UserError where there is no picture.
+    A picture's class is the first folder of its path below `folder`, or "" if there is
+    none. Raises UserError where there is no picture.
     """
     suffixes = set(Image.registered_extensions())
     paths, classes = [], []
@@ -567,11 +568,10 @@ def extract(archive, target):
 def load_toy(seed=0, classes=200, per_class=20, size=32):
     """Made-up characters: 100 training and 100 test classes of 20 drawings, 32 x 32.
 
-    A class has two to four curved strokes. Its drawings vary in slant, thickness and
-    size: much in one of the three, little in the others, so that each class is
-    non-isotropic in its own way. A drawing's ambiguity, uniform in [0, 1], is how much
-    of it is missing and how blurred it is. All pixels have a little noise. Everything
-    follows from `seed`.
+    A class has two to four curved strokes. Its drawings vary in slant, thickness and size:
+    much in one of the three, little in the others, so that classes are non-isotropic. A
+    drawing's ambiguity, uniform in [0, 1], says how much of it may be missing and how
+    blurred it is. All pixels have a little noise. Everything follows from `seed`.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -581,8 +581,8 @@ def load_toy(seed=0, classes=200, per_class=20, size=32):
     num_strokes = torch.randint(2, 5, (classes, 1), generator=rng)
     has_stroke = torch.arange(4) < num_strokes  # (classes, 4)
     variation = torch.full((classes, 3), 0.25)
-    large = torch.randint(3, (classes,), generator=rng)
-    variation[torch.arange(classes), large] = 1.0
+    most_varied = torch.randint(3, (classes,), generator=rng)
+    variation[torch.arange(classes), most_varied] = 1.0
 
     labels = torch.arange(classes).repeat_interleave(per_class)  # (N,)
     ambiguity = torch.rand(len(labels), generator=rng)
@@ -642,8 +642,8 @@ def render(points, log_thickness, size):
 
     # In chunks of 100 drawings, because all distances at once would take gigabytes.
     nearest = []
-    for chunk in points.flatten(1, 2).split(100):
-        x, y = chunk[:, None, None].unbind(4)  # (100, 1, 1, 4 T)
+    for chunk in points.flatten(1, 2).split(100):  # (100, 4 T, 2)
+        x, y = chunk[:, None, None].unbind(-1)  # (100, 1, 1, 4 T)
         squared = (pixel_x - x) ** 2 + (pixel_y - y) ** 2  # (100, size, size, 4 T)
         nearest.append(squared.amin(3))
     distance = torch.cat(nearest).sqrt()
@@ -688,8 +688,8 @@ class Images(torch.utils.data.Dataset):
         index, seed = item if isinstance(item, tuple) else (item, 0)
         image = read_image(self.split.images[index], self.transform)
 
-        # Transforms use torch's own generator; afterwards it is put back as it was. Not
-        # so the generators of GPUs, which torch.manual_seed would seed as well.
+        # Transforms use torch's CPU generator, which is put back afterwards.
+        # torch.manual_seed would also seed the GPUs' generators, which would stay changed.
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
         image = self.transform(image)
@@ -754,9 +754,9 @@ def read_image(source, transform=None):
 def reduction(transform, width, height):
     """By which factor, 1, 2, 4 or 8, a JPEG may be reduced while it is decoded.
 
-    That is several times faster. It is the largest factor that leaves each crop at
-    least as large as the output of `transform`, if it was so before. Images of less
-    than a megapixel are not reduced, because little would be gained.
+    That is several times faster. It is the largest factor at which even the smallest crop
+    is not smaller than the output of `transform`, or 1. Images of less than a megapixel are
+    not reduced, because little would be gained.
     """
     first = None
     if width * height >= 2 ** 20 and getattr(transform, "transforms", None):
@@ -767,8 +767,9 @@ def reduction(transform, width, height):
     if isinstance(first, transforms.Resize) and isinstance(first.size, int):
         largest = short_side / first.size
     elif isinstance(first, transforms.RandomResizedCrop):
-        # A crop of area a and ratio r = width / height is sqrt(a r) wide, or as wide as
-        # the short side, if that is less. The narrowest has the least a and r.
+        # A crop of area a and ratio r = width / height is sqrt(a r) wide, or as wide as the
+        # short side, if that is less. The narrowest has the least a and r; the lowest is as
+        # low, because the ratios are r and 1 / r.
         narrowest = math.sqrt(first.scale[0] * first.ratio[0] * width * height)
         largest = min(narrowest, short_side) / max(first.size)
     return max([factor for factor in (2, 4, 8) if factor <= largest], default=1)
@@ -815,7 +816,8 @@ def corrupt(image, amount, seed):
 def largest_batch(labels, per_class=2):
     """The largest batch size allowed: `per_class` images of each class.
 
-    Where classes are few but large, it is a quarter of the images, in whole groups.
+    Or a quarter of all images, in whole groups, if that is more: then an epoch has four
+    batches.
     """
     one_group_each = per_class * len(labels.unique())
     quarter = len(labels) // 4
@@ -846,12 +848,12 @@ class ClassBatches:
     All follows from `seed` and from `epoch`, which the caller sets. Where there are
     several processes, each sets `process_slice` to its own part of these lists.
 
-    The images of a class are shuffled and cut into groups. A batch takes the next group
-    of several different classes. These are drawn in proportion to the groups they have
-    left; a class with as many groups left as there are batches left must be in all of
-    them. So an epoch shows every image, unless a class has more groups than the epoch
-    has room for: then it shows a random choice of as many as fit. The official code
-    draws classes and images with replacement instead (README).
+    The images of a class are shuffled and cut into groups. A batch takes the next group of
+    several different classes. These are drawn in proportion to the groups they have left; a
+    class with as many groups left as there are batches left must be in all of them. So an
+    epoch shows every image, unless the batches have no room for all groups of a class: then
+    it shows a random choice of as many as fit. The official code draws classes and images
+    with replacement instead (README).
 
     With fewer classes than groups in a batch, classes give several groups to a batch,
     and a warning says so. Raises UserError for a batch size that does not fit.
@@ -889,12 +891,13 @@ class ClassBatches:
         return self.length
 
     def __iter__(self):
-        # Two seeds have no epoch in common, because the factor is larger than any epoch.
+        # No epoch of one seed repeats one of another: no run has that many epochs.
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         all_classes = list(range(len(self.images_of)))
         queues = [[] for _ in all_classes]  # the shuffled images of each class
 
-        # Full rounds need no draw. For the rest, a class is drawn at most once a batch.
+        # The groups of each class that its full rounds leave over. A batch draws a class at
+        # most once, so more than `length` cannot be shown.
         groups_left = self.group_counts - self.full_rounds * self.length
         groups_left = groups_left.clamp(0, self.length)
 
@@ -915,7 +918,7 @@ class ClassBatches:
         By the Gumbel-top-k trick, such a weighted draw without replacement takes the
         classes with the largest
 
-            log(groups left) - log(-log u),    u uniform in [0, 1]
+            log(groups left) - log(-log u),    u uniform in [0, 1)
         """
         # u = 0 has no logarithm.
         u = torch.rand(len(groups_left), generator=rng).clamp(min=1e-30)
@@ -935,5 +938,5 @@ class ClassBatches:
             shuffled = images[torch.randperm(len(images), generator=rng)].tolist()
             while len(queue) < self.per_class:
                 others = [index for index in shuffled if index not in queue]
-                queue += others or shuffled  # a class with too few images repeats them
+                queue.extend(others or shuffled)  # a class with too few images repeats them
         return [queue.pop(0) for _ in range(self.per_class)]

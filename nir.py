@@ -164,8 +164,8 @@ class SoftTriple(nn.Module):
               + tau / (C K (K - 1)) sum_c sum_{k < l} ||w_ck - w_cl||
 
     The last term merges centres that a class does not need; tau is here its weight, not the
-    flow. From "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling" (Qian et al.,
-    ICCV 2019).
+    flow; la is the paper's lambda. From "SoftTriple Loss: Deep Metric Learning Without Triplet
+    Sampling" (Qian et al., ICCV 2019).
     """
 
     def __init__(self, num_classes, dim, centers=10, la=20.0, gamma=0.1, margin=0.01, tau=0.2):
@@ -214,15 +214,15 @@ class Coupling(nn.Module):
     The permuted input is cut in halves x1, x2. First x1 is scaled and shifted by what a small
     network makes of x2 and the condition, then x2 by what another makes of the new y1:
 
-        y1 = exp(s2) * x1 + t2    with (s2, t2) = subnet2(x2, cond)
-        y2 = exp(s1) * x2 + t1    with (s1, t1) = subnet1(y1, cond)
+        y1 = exp(s2) * x1 + t2    with (raw2, t2) = subnet2(x2, cond)
+        y2 = exp(s1) * x2 + t1    with (raw1, t1) = subnet1(y1, cond)
 
-    Each of the two lines has a triangular Jacobian, so log|det J| is the sum of all s1 and s2.
-    What a subnet gives for s is raw: the soft clamp s = clamp * 0.636 * atan(raw) keeps each
-    scale within exp(+-clamp). 0.636 is the official code's 2 / pi.
+    The soft clamp s = clamp * 0.636 * atan(raw) keeps each scale within exp(+-clamp); 0.636 is
+    the official code's 2 / pi. Each of the two lines has a triangular Jacobian, so log|det J|
+    is the sum of all s1 and s2.
 
-    From "Glow: Generative Flow with Invertible 1x1 Convolutions" (Kingma, Dhariwal, NeurIPS
-    2018); the permutation, random but fixed, takes the place of the 1x1 convolution.
+    After Glow (Kingma, Dhariwal, NeurIPS 2018), which changes one half in each block. A fixed
+    random permutation takes the place of its 1x1 convolution, and there is no actnorm.
     """
 
     def __init__(self, dim, cond_dim, depth, width, clamp, seed):
@@ -285,7 +285,7 @@ class GlowFlow(nn.Module):
     def __init__(self, dim, cond_dim, num_blocks=5, depth=8, width=128, clamp=2.0):
         super().__init__()
         if dim < 2:
-            # It begins with the parameter's name: common.check_options makes --embed_dim of it.
+            # common.check_options prints the first word, dim, as the option --embed_dim.
             raise ValueError(
                 f"dim {dim} is too small: a coupling flow needs at least two dimensions to split"
             )
@@ -338,15 +338,15 @@ class NIR(nn.Module):
 
     Embeddings lie on the unit sphere, which has no volume in R^D: the density there can grow
     without bound, so "nll" keeps pulling for as long as it is trained. With "exp" the gradient
-    of each sample is that of nll_i times a constant over p(psi_i | rho_y). Where the flow fits,
+    of each sample is that of nll_i times (2 pi)^(-D/2) / p(psi_i | rho_y). Where the flow fits,
     p is large and the gradient nearly zero, like that of a satisfied hinge.
 
     psi and rho are L2-normalised. With several centres for each class, rho is the one nearest
     to psi.
 
-    noise > 0 adds normal noise of that deviation to each coordinate of psi before the flow. No
-    flow's mean log-likelihood can then exceed -D/2 log(2 pi e noise^2), so a class smaller than
-    the noise gains almost nothing by shrinking.
+    noise > 0 adds normal noise of that deviation to each coordinate of psi before the flow. The
+    mean log-likelihood is then at most minus the noise's entropy, -D/2 log(2 pi e noise^2), so
+    a class smaller than the noise gains almost nothing by shrinking.
 
     proxy_lr and flow_lr are multiples of the network's learning rate, see `param_groups`.
     """
@@ -393,7 +393,7 @@ class NIR(nn.Module):
         return weighted
 
     def param_groups(self, lr):
-        """Groups for Adam: proxies and flow learn at multiples of `lr`, without weight decay."""
+        """Groups for Adam: multiples of `lr` for proxies and flow; its own weight decay is 0."""
         proxies = list(self.proxy_loss.parameters())
         groups = [{"params": proxies, "lr": self.proxy_lr * lr}]
         if self.flow is not None:
@@ -426,8 +426,8 @@ class NIR(nn.Module):
 #
 # The first six rows are the official settings, for a pretrained network. `scratch` and `toy`
 # are for a network that starts from nothing (--weights none), and were found on validation
-# classes: RESULTS.md. On toy, whose D is 64, the noise has the length 0.1 sqrt(D) = 0.8, about
-# the distance of two images of a class.
+# classes: RESULTS.md. On toy (D = 64) nir_noise 0.1 has the length 0.1 sqrt(D) = 0.8, about the
+# distance between two images of a class.
 #
 # proxy_lr and flow_lr are multiples of lr. The backbone is not trained in the first `warmup`
 # epochs. After each of the epochs in lr_steps, all rates are multiplied by lr_gamma.
@@ -443,8 +443,8 @@ SETTINGS = {
     "cub200":           (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.0075, "exp", 1.0,  0.0),
     "cars196":          (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.01,   "exp", 1.0,  0.0),
     "sop":              (300, 90, 1e-5, [140, 230], 0.2, 5, 4000, 1,  0.3,    "exp", 1.0,  0.0),
-    # For --nir_weight 0, which takes the place of 1.0: no flow, so its rate, form and noise are
-    # unused.
+    # With --nir_weight 0, which overrides the 1.0. There is no flow: flow_lr and NIR's columns are
+    # not used.
     "cub200 baseline":  (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
     "cars196 baseline": (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
     "sop baseline":     (300, 90, 1e-5, [140, 230], 0.2, 0, 2000, 1,  1.0,    "exp", 1.0,  0.0),
@@ -495,7 +495,7 @@ def make_parser():
 def main(argv=None):
     import common
 
-    # Defaults of constructors that have no option: --help shows them, args.json keeps them.
+    # Constructor arguments without an option: --help shows them, args.json keeps them.
     def fixed(args):
         return common.defaults(LOSSES[args.loss], GlowFlow)
 

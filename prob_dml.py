@@ -83,12 +83,13 @@ def nivmf_log_prob(z, mu, K, form="exact"):
 
         log p(z) = log C_D(||K mu||) + (Kz . K mu) / ||Kz|| + log det K - D log ||Kz||     "exact"
 
-    For K = k I this is the vMF with concentration k. For EL-nivMF the official code uses instead
+    For K = k I this is the vMF with concentration k. For EL-nivMF the official code uses
+    instead
 
         log C_D(||K mu||) + z . K mu + log det K - log ||K mu||                         "official"
 
-    As a function of z this is isotropic, and it does not integrate to one. Raises ValueError for
-    other shapes or forms.
+    As a function of z this is isotropic, and it does not integrate to one. Raises ValueError
+    for other shapes or forms.
     """
     check_nivmf(z, mu, K)
     check_choice("form", form, FORMS)
@@ -153,13 +154,14 @@ def unit_vectors(x):
 
 
 # ------------------------------------------------------------------------------ the similarities
-# How similar are images and classes? Each function takes embeddings (B, D), un-normalised, and the
-# classes' directions mu (C, D), with their kappa (C,) for vMFs or K (C, D) for nivMFs. It gives
-# (B, C), larger for more similar. p is an image's distribution, q a class's.
+# How similar are images and classes? Each function takes embeddings (B, D), un-normalised, and
+# the classes' directions mu (C, D), with their kappa (C,) for vMFs or K (C, D) for nivMFs. It
+# gives (B, C), larger for more similar. p is an image's distribution, q a class's.
 #
-# Between two vMFs all of them have a closed form. For nivMFs the expectation over p is a mean over
-# samples of p, which all classes share. The loss divides a similarity by T. The official form has
-# T inside the mean over samples instead, as `inner_temperature`, which is 1 in the exact form:
+# Between two vMFs all of them have a closed form. For nivMFs elk, bhattacharyya and kl take a
+# mean over samples of p, which all classes share. The loss divides a similarity by T. In the
+# official form elk and bhattacharyya have T inside the mean instead, as `inner_temperature`,
+# which is 1 otherwise. For elk:
 #
 #     exact:     (1/T) log mean_s q(z_s)          official:     log mean_s q(z_s)^(1/T)
 
@@ -235,7 +237,8 @@ def kl_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0
         -KL = E_p[log q(z)] - E_p[log p(z)]
         E_p[log q(z)] = mean_s log q(z_s),    z_s ~ p
 
-    `inner_temperature` is not used. It is there because all sampled similarities are called alike.
+    `inner_temperature` is not used. It is there because all sampled similarities are called
+    alike.
     """
     image_kappa = embeddings.norm(dim=1)                # (B,)
     image_mu = unit_vectors(embeddings)                 # (B, D)
@@ -287,7 +290,7 @@ def loglik_vmf(embeddings, mu, kappa):
 
 
 def cosine(embeddings, mu, kappa=None):
-    """mu1 . mu2. `kappa` is not used; all similarities to vMFs are called alike."""
+    """mu1 . mu2. `kappa` is not used; it is there for callers that treat all metrics alike."""
     return unit_vectors(embeddings) @ mu.T
 
 
@@ -320,7 +323,7 @@ MIN_TEMPERATURE = 1e-3
 class ProbabilisticProxies(nn.Module):
     """One distribution for each class, and the softmax loss over them, as in ProxyNCA++.
 
-        L = mean_i -log softmax_c(similarity_ic / T)_y
+        L = mean_i -log softmax_c(similarity_ic / T)        at c = y_i, the image's class
 
     metric: a key of SIMILARITIES.
     proxy: "nivmf" or "vmf"; cosine and l2 take "vmf" alone.
@@ -330,12 +333,12 @@ class ProbabilisticProxies(nn.Module):
     concentration_init: the first value of `concentrations`, (C, D) for nivMFs, (C, 1) for vMFs.
 
     Of `proxies` (C, D) the directions alone count. They are stored with the length
-    concentration_init: Adam moves each coordinate by about the learning rate, so the stored length
-    decides how far a step turns a proxy.
+    concentration_init: Adam moves each coordinate by about the learning rate, so the stored
+    length decides how far a step turns a proxy.
 
     Cosine has no concentrations. L2 has `lengths` (C, 1) instead. They start at
-    concentration_init * sqrt(2 D / (C + D)), the length of vectors from a Xavier normal with that
-    gain.
+    concentration_init * sqrt(2 D / (C + D)), the length of vectors from a Xavier normal with
+    that gain.
 
     Raises ValueError for values that are out of range or do not go together.
     """
@@ -381,7 +384,7 @@ class ProbabilisticProxies(nn.Module):
 
     def logits(self, embeddings, generator=None):
         """similarity / T, (B, C). In the official form, elk and bhattacharyya have T inside."""
-        # `similarity` has clamped T, in place, when it is read here.
+        # In both cases `similarity` clamps T, in place, before anything is divided by it.
         if self.form == "official" and self.metric in ("elk", "bhattacharyya"):
             return self.similarity(embeddings, generator, inner_temperature=self.temperature)
         return self.similarity(embeddings, generator) / self.temperature
@@ -420,8 +423,8 @@ class ProbabilisticProxies(nn.Module):
     def warm_start(self, embeddings, labels):
         """Turn each proxy to the mean of its class's embeddings (N, D), with labels (N,).
 
-        The embeddings are not normalised. The proxy of a class without any stays as it is. Raises
-        ValueError for other shapes or labels.
+        The embeddings are not normalised. The proxy of a class without any stays as it is.
+        Raises ValueError for other shapes or labels.
         """
         C, D = self.proxies.shape
         if labels.shape != embeddings.shape[:1] or embeddings.shape[1:] != (D,):
@@ -439,8 +442,8 @@ class ProbabilisticProxies(nn.Module):
     def statistics(self, embeddings):
         """Numbers for the log, {name: float}: norms, T, concentrations (or L2's lengths).
 
-        The anisotropy is the standard deviation of a class's concentrations divided by their mean,
-        averaged over the classes.
+        The anisotropy is the standard deviation of a class's concentrations divided by their
+        mean, averaged over the classes.
         """
         self.keep_above_floors()
         norm = embeddings.norm(dim=1)
@@ -470,8 +473,8 @@ class Criterion(nn.Module):
 
         L = L_proxies + g L_ProxyAnchor             in the paper: PANC + EL-nivMF
 
-    `proxies` is a ProbabilisticProxies; its own `proxies` are rho. The three rates are multiples
-    of the network's learning rate, see `param_groups`.
+    `proxies` is a ProbabilisticProxies; its own `proxies` are rho. The three rates are
+    multiples of the network's learning rate, see `param_groups`.
     """
 
     def __init__(self, proxies, proxyanchor_weight=0.0, proxy_lr=1.0, concentration_lr=1.0,
@@ -511,9 +514,9 @@ class Criterion(nn.Module):
         """The warm start, before the first epoch alone.
 
         First the embedding layer's weight is scaled, because an embedding's norm is its
-        concentration. Then the proxies turn to their classes' mean embeddings. The official code
-        leaves the proxies of log-likelihood, L2 and cosine at random. With --weights none, for
-        which the official code has no settings, all proxies are turned.
+        concentration. Then the proxies turn to their classes' mean embeddings. The official
+        code leaves the proxies of log-likelihood, L2 and cosine at random. With --weights none,
+        for which the official code has no settings, all proxies are turned.
         """
         if epoch > 0:
             return
@@ -542,8 +545,8 @@ class Criterion(nn.Module):
 #
 #     C_D = (2 pi)^(-D/2) / F_v        A_D / kappa = F_(v+1) / F_v
 #
-# For a large order, an expansion by Debye gives log F to about ten digits. A low order is reached
-# from a high one by a recurrence. All is in float64. Autograd is told the derivatives:
+# For a large order, an expansion by Debye gives log F to about ten digits. A low order is
+# reached from a high one by a recurrence. All is in float64. Autograd is told the derivatives:
 # differentiating these formulas would lose digits.
 
 
@@ -561,8 +564,8 @@ def log_vmf_normalizer(kappa, dim):
 
 def mean_resultant_length(kappa, dim):
     """A_D(kappa) = I_(D/2)(kappa) / I_(D/2-1)(kappa), in [0, 1): a vMF's mean is A_D(kappa) mu."""
-    # Cast before the product: A_D' = s_D + kappa s_D', of s_D = A_D / kappa, nearly cancels. So
-    # autograd adds the two in float64.
+    # Cast before the product, so that autograd works in float64: the two terms of
+    # A_D' = s + kappa s', where s = A_D / kappa, nearly cancel.
     kappa64 = kappa.double()
     _, A_by_kappa = vmf_normalizer(kappa64, dim)
     return (kappa64 * A_by_kappa).to(kappa.dtype)
@@ -633,12 +636,12 @@ def scaled_bessel(kappa, dim):
         F_(m+1)(x) / F_m(x) = 1/(m + h) - W / (U h^2),        W = sum_n (u_n(p)/2 + p u_n'(p)) / m^n
 
     The second line is (1/x) d log F_m / dx, since F_m' = x F_(m+1). The ratios of neighbours,
-    s_j = F_j / F_(j-1), lead from the high order m down to the low order v:
+    ratio_j = F_j / F_(j-1), lead from the high order m down to the low order v:
 
-        s_j = 1 / (2j + x^2 s_(j+1)),         log F_(j-1) = log F_j - log s_j
+        ratio_j = 1 / (2j + x^2 ratio_(j+1)),         log F_(j-1) = log F_j - log ratio_j
 
-    The last of them, s_(v+1), is A_D / kappa. All terms are positive and errors of s are damped,
-    so both results are as good as the expansion.
+    The last of them, ratio_(v+1), is A_D / kappa. All terms are positive and errors of the
+    ratio are damped, so both results are as good as the expansion.
     """
     v = dim / 2 - 1
     steps = max(0, math.ceil(DEBYE_ORDER - v))
@@ -648,11 +651,12 @@ def scaled_bessel(kappa, dim):
     log_root = 0.5 * (2 * math.pi * h).log()
     log_F = h - m * (m + h).log() - log_root + U_minus_1.log1p()
     U = 1 + U_minus_1
-    s = 1 / (m + h) - W / (U * h.square())              # s_(m+1)
+    ratio = 1 / (m + h) - W / (U * h.square())          # ratio_(m+1)
     for step in range(steps):
-        s = 1 / (2 * (m - step) + kappa.square() * s)   # s_j with j = m - step
-        log_F -= s.log()
-    return log_F, s
+        j = m - step
+        ratio = 1 / (2 * j + kappa.square() * ratio)
+        log_F -= ratio.log()
+    return log_F, ratio
 
 
 def debye_sums(p, m):
@@ -674,14 +678,14 @@ def debye_sums(p, m):
 
 
 # ------------------------------------------------------------------------- how a vMF is sampled
-# A sample is z = cos(theta) mu + sin(theta) tangent, with a tangent that is uniform among the unit
-# vectors orthogonal to mu. The angle theta is drawn by a rejection step that is exact for every D
-# and kappa.
+# A sample is z = cos(theta) mu + sin(theta) tangent, with a tangent that is uniform among the
+# unit vectors orthogonal to mu. The angle theta is drawn by a rejection step that is exact for
+# every D and kappa.
 #
-# The training needs to know how a sample moves with mu and kappa. If mu turns, z turns with it. If
-# kappa grows, theta shrinks so as to keep its quantile. Both derivatives are given to autograd, so
-# the gradient is complete. Differentiating the accepted proposal instead would leave a term out,
-# because kappa also decides which proposal is accepted.
+# The training needs to know how a sample moves with mu and kappa. If mu turns, z turns with it.
+# If kappa grows, theta shrinks so as to keep its quantile. Both derivatives are given to
+# autograd, so the gradient is complete. Differentiating the accepted proposal instead would
+# leave a term out, because kappa also decides which proposal is accepted.
 
 
 def sample_vmf(mu, kappa, num_samples, generator=None):
@@ -703,8 +707,9 @@ class VMFSample(torch.autograd.Function):
 
     With dmu . mu = 0 and the log density l of the angle,
 
-        dz = (z . mu) dmu - (z . dmu) mu                        z turns in the plane of mu and dmu
-           + (cos(theta) z - mu) / sin(theta) dtheta            and along the circle through mu
+        dz = (z . mu) dmu - (z . dmu) mu                    mu moves: z turns with it
+           + (cos(theta) z - mu) / sin(theta) dtheta        theta moves: z slides on the great
+                                                            circle through mu and z
 
         dtheta / dkappa = -int_0^theta (cos t - A_D) exp(l(t) - l(theta)) dt
         l(t) = kappa cos t + (D-2) log sin t - log Z(kappa),        d log Z / dkappa = A_D
@@ -715,13 +720,14 @@ class VMFSample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, kappa, num_samples, generator):
         D = mu.shape[1]
-        # theta is kept, not its cosine: where kappa is large, sqrt(1 - cosine^2) has few digits.
+        # theta is kept, not its cosine: where kappa is large, sqrt(1 - cosine^2) has few
+        # digits.
         theta = sample_angle(kappa.double().expand(num_samples, -1), D, generator)  # (S, B)
         shape = (num_samples, *mu.shape)
         z = torch.randn(shape, dtype=mu.dtype, device=mu.device, generator=generator)
 
-        # First a sample around -sign e_1, the one of e_1 and -e_1 that is farther from mu: its
-        # first coordinate is along that axis, cos(theta), the others are sin(theta) tangent.
+        # First a sample around the axis -sign e_1, which is the one of e_1 and -e_1 that is
+        # farther from mu: cos(theta) along it, and the other coordinates of length sin(theta).
         sign = torch.where(mu[:, 0] < 0, -1.0, 1.0).to(z)                           # (B,)
         scale = theta.sin() / z[..., 1:].norm(dim=-1)
         z[..., 1:] *= scale.to(z).unsqueeze(-1)
@@ -756,14 +762,16 @@ GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(16)    # nodes and weights on [
 def angle_derivative(theta, kappa, D):
     """dtheta / dkappa of `VMFSample`, for angles theta (S, B) and kappa (B,), both float64.
 
-    The integral from 0 to pi vanishes, so the one from 0 to theta is minus the one from theta to
-    pi. Taken is the side of theta on which cos t - A_D has one sign, so that nothing cancels:
+    The integral from 0 to pi vanishes, so the one from 0 to theta is minus the one from theta
+    to pi. The integral is taken over the side of theta on which cos t - A_D keeps one sign, so
+    that nothing cancels:
 
         dtheta / dkappa = -int |cos t - A_D| exp(l(t) - l(theta)) dt
 
-    from theta to pi where cos(theta) < A_D, else from 0 to theta. It is computed by Gauss-Legendre
-    over ten standard deviations, or up to the pole; 16 nodes give it to about 1e-8. A deviation is
-    (-l'')^(-1/2) at the mode of the angle, where l'' = -sqrt((D-2)^2 + 4 kappa^2).
+    from theta to pi where cos(theta) < A_D, else from 0 to theta. It is computed by
+    Gauss-Legendre over ten standard deviations, or up to the pole; 16 nodes give it to about
+    1e-8. A deviation is (-l'')^(-1/2) at the mode of the angle, where l'' = -sqrt((D-2)^2 + 4
+    kappa^2).
     """
     cos_theta = theta.cos()
     A_D = mean_resultant_length(kappa, D)                               # (B,)
@@ -788,7 +796,7 @@ def sample_angle(kappa, D, generator):
     """Angles theta between samples and mean direction, one for each kappa, of any shape.
 
     This is the rejection step of Wood (Simulation of the von Mises Fisher distribution, 1994),
-    written in t = tan(theta/2)^2, where no difference of near-equal numbers is left. He proposes
+    written in t = tan(theta/2)^2, where no harmful cancellation is left. He proposes
 
         t = b y,        b = (D-1) / (2 kappa + sqrt(4 kappa^2 + (D-1)^2))
                         y = beta / (1 - beta),    beta ~ Beta((D-1)/2, (D-1)/2)
@@ -802,8 +810,8 @@ def sample_angle(kappa, D, generator):
     kappa_flat = kappa.reshape(-1)
     theta = torch.full_like(kappa_flat, math.nan)
     pending = torch.arange(len(kappa_flat), device=kappa.device)
-    # Eight proposals at once for each pending sample. One or two rounds are enough; if a hundred
-    # are not, a kappa is not finite.
+    # Eight proposals at once for each pending sample. One or two rounds are enough; if a
+    # hundred are not, a kappa is not finite.
     for _ in range(100):
         k = kappa_flat[pending]
         root = (4 * k ** 2 + (D - 1) ** 2).sqrt()
@@ -830,8 +838,8 @@ def sample_angle(kappa, D, generator):
 def beta_ratio(u0, u1, D):
     """y = beta / (1 - beta) with beta ~ Beta((D-1)/2, (D-1)/2), from two uniform numbers.
 
-    y = exp(2 asinh x), where sqrt(D-1) x follows Student's t with D-1 degrees of freedom (Bailey,
-    Polar Generation of Random Variates with the t-Distribution, 1994).
+    y = exp(2 asinh x), where sqrt(D-1) x follows Student's t with D-1 degrees of freedom
+    (Bailey, Polar Generation of Random Variates with the t-Distribution, 1994).
     """
     log_u = (-u0).log1p()                               # log(1 - u0): 1 - u0 is never 0
     radius = (-2 / (D - 1) * log_u).expm1().sqrt()
@@ -846,17 +854,17 @@ def beta_ratio(u0, u1, D):
 # row; D <= 128 takes the row of 128, a larger D that of 512. The published results have --form
 # official and --proxyanchor_weight 3, 5, 0.3 and 0.1, in this order.
 #
-# ABLATION, by metric and proxy, for all other cells: the official ablation on CUB, D = 512. Cells
-# that it lacks borrow their metric's row. Its elk/nivmf is for reference: pass its values as
-# options.
+# ABLATION, by metric and proxy, for all other cells: the official ablation on CUB, D = 512.
+# Cells that it lacks borrow their metric's row. No run takes its elk/nivmf row, as OFFICIAL
+# comes first: pass its values as options.
 #
-# SCRATCH, by metric and proxy, for a network that starts from nothing (--weights none). Its rows
-# were found on validation classes: RESULTS.md.
+# SCRATCH, by metric and proxy, for a network that starts from nothing (--weights none). Its
+# rows were found on validation classes: RESULTS.md.
 #
 # The three learning rates are multiples of lr. Adam moves a number by about its rate: in the
 # official runs T starts at 0.003 and moves by 0.002 a step, and a proxy of length 18 in 512
-# dimensions turns by 3.6 degrees. After each of the epochs in lr_steps, all rates are multiplied
-# by lr_gamma. norm_multiplier scales the embedding layer's first weights.
+# dimensions turns by 3.6 degrees. After each of the epochs in lr_steps, all rates are
+# multiplied by lr_gamma. norm_multiplier scales the embedding layer's first weights.
 
 COLUMNS = (
     "epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
@@ -946,7 +954,7 @@ def make_parser():
 def main(argv=None):
     import common
 
-    # What no option changes is shown by --help, and kept with the run.
+    # Constants without an option: --help shows them, args.json keeps them.
     def fixed(args):
         floors = {"min_concentration": MIN_CONCENTRATION, "min_temperature": MIN_TEMPERATURE}
         return {**floors, **common.defaults(nir.ProxyAnchor)}
@@ -967,6 +975,7 @@ def main(argv=None):
         return Criterion(proxies, args.proxyanchor_weight, args.proxy_lr, args.concentration_lr,
                          args.temperature_lr)
 
+    # Made once now, so that options that do not fit are named before data is read.
     common.check_options(make_criterion)
     name = f"{args.dataset}-{args.metric}-{args.proxy}"
     if args.proxy == "nivmf":
