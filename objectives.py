@@ -123,7 +123,7 @@ class Margin(Ranking):
         L    = sum_(a,p,n) (pull + push + nu beta_a) / num_active
 
     num_active is the number of pull > 0 plus the number of push > 0; L is 0 if that is 0. When
-    easy summands reach 0 they no longer count, and L jumps up: judge L together with `active`,
+    easy summands reach 0 they no longer count, and L jumps up: compare L only together with `active`,
     the fraction of summands above 0, in the log.
 
     With granularity `class` beta is (C,), and beta_a belongs to the class of the anchor; with
@@ -787,8 +787,8 @@ def main(argv=None):
         return Objective(loss, args.miner, args.loss_lr)
 
     common.check_options(make_criterion)
-    parts = [args.dataset, args.loss, args.beta, args.miner, f"seed{args.seed}"]
-    name = "-".join(part for part in parts if part is not None)
+    words = [args.dataset, args.loss, args.beta, args.miner, f"seed{args.seed}"]
+    name = "-".join(word for word in words if word is not None)
     common.train(args, make_criterion, name)
 
 

@@ -2,11 +2,16 @@
 
 The paper is by Kirchhof, Roth, Akata and Kasneci (ECCV 2022).
 
-An image is not a point but a distribution on the unit sphere, a von Mises-Fisher (vMF): the
-direction of its embedding is the mean, the norm is the concentration. A class is a distribution
-too, a non-isotropic vMF (nivMF), with a concentration for each dimension. The similarity of an
-image and a class is the overlap of their distributions, measured by the expected likelihood
-kernel (ELK). A softmax over the classes turns it into a loss.
+An image is not a point but a distribution on the unit sphere, a von Mises-Fisher (vMF). The
+direction of its embedding is the mean mu, the norm is the concentration kappa:
+
+    log p(z) = log C_D(kappa) + kappa mu . z
+
+A class is a distribution too, a non-isotropic vMF (nivMF), with a concentration for each
+dimension. The similarity of an image p and a class q is the overlap of their distributions,
+the expected likelihood kernel (ELK). A softmax over the classes turns it into a loss:
+
+    ELK = int p(z) q(z) dz,            L = mean_i -log softmax_c(log ELK(p_i, q_c) / T)  at c = y_i
 
 In reading order: the distributions; the similarities; the loss; then how the vMF's normaliser
 C_D is computed, and how a vMF is sampled; the settings; main.
