@@ -123,8 +123,8 @@ class Margin(Ranking):
         L    = sum_(a,p,n) (pull + push + nu beta_a) / num_active
 
     num_active is the number of pull > 0 plus the number of push > 0; L is 0 if that is 0. When
-    easy summands reach 0 they no longer count, and L jumps up: compare L only together with `active`,
-    the fraction of summands above 0, in the log.
+    easy summands reach 0 they no longer count, and L jumps up: compare L only together with
+    `active`, the fraction of summands above 0, in the log.
 
     With granularity `class` beta is (C,), and beta_a belongs to the class of the anchor; with
     `global` beta is one number for all. (The tutorial's beta is the sum of a global, a class

@@ -11,7 +11,8 @@ A class is a distribution too, a non-isotropic vMF (nivMF), with a concentration
 dimension. The similarity of an image p and a class q is the overlap of their distributions,
 the expected likelihood kernel (ELK). A softmax over the classes turns it into a loss:
 
-    ELK = int p(z) q(z) dz,            L = mean_i -log softmax_c(log ELK(p_i, q_c) / T)  at c = y_i
+    ELK = int p(z) q(z) dz
+    L   = mean_i -log softmax_c(log ELK(p_i, q_c) / T)        at c = y_i, the class of image i
 
 In reading order: the distributions; the similarities; the loss; then how the vMF's normaliser
 C_D is computed, and how a vMF is sampled; the settings; main.
