@@ -14,7 +14,7 @@ The metrics are exact. No (N, N) matrix is ever held as a whole, so the 60,502 t
 images of Stanford Online Products need less than 2 GiB besides their embeddings. The
 large products are computed on the device where the embeddings are.
 
-The metrics are those of two papers' experiments: NIR (Roth et al., CVPR 2022) and
+Most metrics are those of two papers' experiments: NIR (Roth et al., CVPR 2022) and
 EL-nivMF (Kirchhof et al., ECCV 2022).
 
     symbol           name in the code
@@ -44,7 +44,8 @@ import re
 import warnings
 from pathlib import Path
 
-# Set before torch is imported: idle OpenMP threads sleep instead of slowing other processes.
+# Set before torch is imported: idle OpenMP threads sleep instead of slowing other
+# processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -143,7 +144,7 @@ def mean_average_precisions(embeddings, labels, ks):
         # ahead: how many negatives are >= positive - TIE. The search wants ascending
         # numbers, hence both sides with a minus sign.
         j = torch.arange(1, M + 1, device=R.device)
-        ahead = torch.searchsorted(-top_negatives, TIE - positives, right=True)  # (B, M)
+        ahead = torch.searchsorted(-top_negatives, -(positives - TIE), right=True)  # (B, M)
         position = j + ahead
 
         for i, k in enumerate(ks):
@@ -180,9 +181,9 @@ def partition_scores(clusters, labels):
         I    = H(clusters) + H(labels) - H(joint)
         F1   = 2 P(joint) / (P(clusters) + P(labels))
 
-    For numbers (N,) of clusters and of classes. H is an entropy, P a number of pairs of
-    images: those in one cluster, in one class, in both. F1 is the harmonic mean of the
-    precision P(joint) / P(clusters) and the recall P(joint) / P(labels) (Song et al.
+    `clusters` and `labels` (N,) are each image's cluster and class. H is an entropy, P the
+    number of pairs of images in one cluster, in one class, in both. F1 is the harmonic mean
+    of the precision P(joint) / P(clusters) and the recall P(joint) / P(labels) (Song et al.
     2016). Only combinations of cluster and class that occur are stored.
     """
     clusters = clusters.unique(return_inverse=True)[1]
@@ -244,10 +245,10 @@ def uniformity(embeddings):
     for start in progress(starts, len(starts), "uniformity: rows"):
         rows = slice(start, start + chunk_size)
 
-        # -2 ||x_i - x_j||^2 for the chunk's i and all j from its first image on. The
-        # first -2 below is that of -2 x_i.x_j in the square, the second that of G_2.
-        exponent = torch.addmm(squared_norm[start:], x[rows], x[start:].T, alpha=-2)
-        exponent.add_(squared_norm[rows, None]).clamp_(min=0).mul_(-2)  # (B, N - start)
+        # ||x_i - x_j||^2 for the chunk's i and all j from its first image on.
+        square = torch.addmm(squared_norm[start:], x[rows], x[start:].T, alpha=-2)
+        square.add_(squared_norm[rows, None]).clamp_(min=0)
+        exponent = square.mul_(-2)  # (B, N - start)
 
         # Only the pairs i < j count: -inf on and below the diagonal.
         B = len(exponent)
@@ -268,8 +269,8 @@ def spectral_decay(embeddings):
     s_1 .. s_n are the n = min(N, D) singular values of the matrix of embeddings (N, D),
     which are not normalised here, divided by their sum. At least 0: 0 means that all
     directions carry the same; larger, that fewer are in use. A singular value below
-    float32's resolution of the largest (1.2e-7) counts as that much, so that an unused
-    direction costs a finite sum. Source: Roth et al. 2020, "Revisiting Training
+    float32's resolution of the largest (1.2e-7) counts as that much, so that rho stays
+    finite with an unused direction. Source: Roth et al. 2020, "Revisiting Training
     Strategies and Generalization Performance in Deep Metric Learning".
     """
     X = check_embeddings(embeddings).double()
@@ -485,19 +486,18 @@ def positives_and_negatives(embeddings, labels, what, similarity=None):
         positives = similarities.gather(1, member).masked_fill(not_positive, -math.inf)
         negatives = similarities.scatter_(1, member, -math.inf)
 
-        # Each row ends with at least one -inf, that of the query itself, so the last
-        # column is left out.
+        # Once sorted, each row ends with a -inf, that of the query itself: leave it out.
         yield positives.sort(dim=1, descending=True).values[:, :-1], negatives
 
 
 def expected_likelihood(queries, others):
-    """The EL-nivMF paper's similarity of two images: their log ELK, (B, N).
+    """The EL-nivMF paper's kernel, here between two images: their log ELK, (B, N).
 
         log ELK = log C_D(||x||) + log C_D(||y||) - log C_D(||x + y||)
 
     The embeddings, `queries` x (B, D) and `others` y (N, D), are not normalised. They
     stand for von Mises-Fisher distributions: the direction is the mean, the norm the
-    concentration. C_D is their normaliser.
+    concentration. `others` take the place of the proxies.
     """
     import prob_dml  # not at the top: no other metric needs it
 
@@ -568,8 +568,8 @@ def nearest_centres(x, squared_norm, centres):
     squared_centres = centres.square().sum(1)  # (k,)
     clusters, minima = [], []
     for chunk in x.split(max(1, CHUNK // len(centres))):
-        # Of ||c||^2 - 2 x.c, (B, k). ||x||^2 is the same for all centres, so it is
-        # added at the end.
+        # min over c of ||c||^2 - 2 x.c, (B, k) -> (B,); ||x||^2, the same for all
+        # centres, is added at the end.
         values, indices = torch.addmm(squared_centres, chunk, centres.T, alpha=-2).min(1)
         clusters.append(indices)
         minima.append(values)
@@ -755,14 +755,14 @@ def save_curves(path, curves):
         up = (PLOT_BOTTOM - PLOT_TOP) * (value - low) / (high - low)
         return PLOT_LEFT + right, PLOT_BOTTOM - up
 
-    def draw_curve(curve, colour, width):
-        points = [to_pixels(epoch, value) for epoch, value in enumerate(curve, start=1)]
-        draw.line(points, fill=colour, width=width, joint="curve")
-
     # Drawn at twice the size and then reduced, which makes the lines smooth.
     picture = Image.new("RGB", (1440, 840), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(26)
+
+    def draw_curve(curve, colour, width):
+        points = [to_pixels(epoch, value) for epoch, value in enumerate(curve, start=1)]
+        draw.line(points, fill=colour, width=width, joint="curve")
 
     # The axes: grey lines, numbers and names.
     for value in range(low, high + 1, step):
@@ -795,8 +795,8 @@ def save_curves(path, curves):
 # The metrics of the table, unless others are asked for.
 HEADLINE = ("recall@1", "map@r", "nmi")
 
-# Runs whose args.json differ in nothing but these are a group. The entries do not
-# change what is computed, or change when a run is repeated with another seed.
+# Runs whose args.json differ in nothing but these are a group. Each is a circumstance of
+# the run and no setting, or is tied to the seed.
 CIRCUMSTANCES = (
     "seed", "out", "resume", "device", "workers", "data_root",
     "command", "torch", "commit",
@@ -834,8 +834,7 @@ def read_run(folder):
             numbers[f"{column}@{row['epoch']:.0f}"] = value
         recall = row.get("val_recall@1", row.get("test_recall@1", math.nan))
         curve.append(100 * recall)
-    # Of two equal names the later counts: map@2 is a metric of results.json, even where
-    # the log has a column `map`.
+    # results.json overwrites: its map@2 is not epoch 2 of a log column `map`.
     numbers.update(log[-1])
     for metric, value in results["last"].items():
         numbers[metric] = float(value)
@@ -872,7 +871,7 @@ def number_format(name, values):
 
 
 def without_missing(values):
-    """The values that are not nan, and, if some are, " (n = ...)" to say how many."""
+    """The values that are not nan, and " (n = their number)" where some are missing."""
     known = [value for value in values if not math.isnan(value)]
     remark = f" (n = {len(known)})" if len(known) < len(values) else ""
     return known, remark
@@ -915,7 +914,7 @@ def format_difference(name, differences):
 
 
 def read_runs(folders, baseline):
-    """The finished runs, the baseline first, and why each other folder is left out.
+    """The finished runs, the baseline first, and why the remaining folders are left out.
 
     A run that is given twice counts once. Raises UserError if the baseline is not a
     finished run.
@@ -927,8 +926,9 @@ def read_runs(folders, baseline):
 
     runs, left_out = [], []
     for folder in different.values():
+        reason = None
         try:
-            run = read_run(folder)
+            runs.append(read_run(folder))
         except (FileNotFoundError, NotADirectoryError) as error:
             reason = f"missing or unfinished: no {Path(error.filename).name}"
         except Exception as error:  # a file that somebody changed fails in any way
@@ -936,20 +936,17 @@ def read_runs(folders, baseline):
                 "args.json, results.json or log.csv is broken: "
                 f"{type(error).__name__}: {error}"
             )
-        else:
-            runs.append(run)
-            continue
-
-        if baseline and not runs:  # the baseline itself, as it is read first
+        if reason and baseline and not runs:  # the baseline itself, as it is read first
             raise UserError(
                 f"--baseline {baseline} is no finished run ({reason}): give one that is"
             )
-        left_out.append(f"{folder} ({reason})")
+        if reason:
+            left_out.append(f"{folder} ({reason})")
     return runs, left_out
 
 
 def choose_protocol(runs, baseline):
-    """The runs of one protocol: the first run's with a baseline, else the commonest.
+    """The runs of one protocol: the baseline's, the first run's, else the commonest.
 
     Also says why the other runs are left out.
     """
@@ -1005,7 +1002,7 @@ def check_metrics(metrics, runs):
     names = dict.fromkeys(name for run in runs for name in run["numbers"])
     unknown = [name for name in metrics if name not in names]
     if unknown:
-        # All but COLUMN@EPOCH, which are too many to list.
+        # All but the many COLUMN@EPOCH, where COLUMN is a name itself.
         listed = [name for name in names if name.rpartition("@")[0] not in names]
         raise UserError(
             f"no run has the metric {', '.join(unknown)}: there is {', '.join(listed)} "
@@ -1174,7 +1171,7 @@ def write_comparison(options):
 def embed_images(options, checkpoint):
     """(settings of the run, images to embed, their embeddings (N, D)) of a checkpoint.
 
-    The settings are the run's own, unless the command line says otherwise.
+    The settings are the run's own, but for --device and what else the command line says.
     """
     import common
 
