@@ -164,30 +164,30 @@ def unit_vectors(x):
 # the classes' directions mu (C, D), with their kappa (C,) for vMFs or K (C, D) for nivMFs. It
 # gives (B, C), larger for more similar. p is an image's distribution, q a class's.
 #
-# Between two vMFs all of them have a closed form. For nivMFs elk, bhattacharyya and kl take a
-# mean over samples of p, which all classes share. The loss divides a similarity by T. In the
-# official form elk and bhattacharyya have T inside the mean instead, as `inner_temperature`,
-# which is 1 otherwise. For elk:
+# Between two vMFs all of them have a closed form. For nivMFs elk, bhattacharyya and kl take a mean
+# over samples of p, which all classes share. The loss divides a similarity by T. The official
+# form of elk and bhattacharyya has T inside the mean as well, as `power_temperature`, which is 1
+# otherwise. For elk:
 #
-#     exact:     (1/T) log mean_s q(z_s)          official:     log mean_s q(z_s)^(1/T)
+#     exact:     log mean_s q(z_s)          official:     T log mean_s q(z_s)^(1/T)
 
 
-def elk_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0,
+def elk_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0,
               generator=None):
     """EL-nivMF, the paper's method: log of the expected likelihood kernel, int p(z) q(z) dz.
 
         log ELK = log mean_s q(z_s),    z_s ~ p
     """
-    image_kappa = embeddings.norm(dim=1)                # the norm is the concentration, (B,)
     image_mu = unit_vectors(embeddings)                 # (B, D)
+    image_kappa = embeddings.norm(dim=1)                # the norm is the concentration, (B,)
     z = sample_vmf(image_mu, image_kappa, num_samples, generator)   # (S, B, D)
     log_q = nivmf_log_prob(z, mu, K, form)              # (S, B, C)
-    return log_mean_exp(log_q / inner_temperature)      # (B, C)
+    return power_mean(log_q, power_temperature)         # (B, C)
 
 
-def log_mean_exp(x):
-    """log mean_s exp(x_s), over the first axis."""
-    return x.logsumexp(0) - math.log(len(x))
+def power_mean(log_x, T):
+    """Log of the power mean of order 1/T over the first axis, T log mean_s x_s^(1/T)."""
+    return T * ((log_x / T).logsumexp(0) - math.log(len(log_x)))
 
 
 def elk_vmf(embeddings, mu, kappa):
@@ -198,19 +198,19 @@ def elk_vmf(embeddings, mu, kappa):
     return vmf_product_kernel(embeddings, mu, kappa, r=1.0)
 
 
-def bhattacharyya_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0,
+def bhattacharyya_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0,
                         generator=None):
     """Log of the Bhattacharyya coefficient, int sqrt(p(z) q(z)) dz.
 
         log BC = log mean_s sqrt(q(z_s) / p(z_s)),    z_s ~ p
     """
-    image_kappa = embeddings.norm(dim=1)                # (B,)
     image_mu = unit_vectors(embeddings)                 # (B, D)
+    image_kappa = embeddings.norm(dim=1)                # (B,)
     z = sample_vmf(image_mu, image_kappa, num_samples, generator)   # (S, B, D)
     log_p = vmf_log_prob(z, image_mu, image_kappa)      # (S, B)
     log_q = nivmf_log_prob(z, mu, K, form)              # (S, B, C)
     log_root = 0.5 * (log_q - log_p.unsqueeze(2))
-    return log_mean_exp(log_root / inner_temperature)   # (B, C)
+    return power_mean(log_root, power_temperature)      # (B, C)
 
 
 def bhattacharyya_vmf(embeddings, mu, kappa):
@@ -236,18 +236,18 @@ def vmf_product_kernel(embeddings, mu, kappa, r):
     return r * (image_log_C_D + log_C_D) - log_vmf_normalizer(r * norm_of_sum, D)
 
 
-def kl_nivmf(embeddings, mu, K, num_samples, form="exact", inner_temperature=1.0,
+def kl_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0,
              generator=None):
     """The negative Kullback-Leibler divergence from image to class, -KL(p || q).
 
         -KL = E_p[log q(z)] - E_p[log p(z)]
         E_p[log q(z)] = mean_s log q(z_s),    z_s ~ p
 
-    `inner_temperature` is not used. It is there because all sampled similarities are called
+    `power_temperature` is not used. It is there because all sampled similarities are called
     alike.
     """
-    image_kappa = embeddings.norm(dim=1)                # (B,)
     image_mu = unit_vectors(embeddings)                 # (B, D)
+    image_kappa = embeddings.norm(dim=1)                # (B,)
     z = sample_vmf(image_mu, image_kappa, num_samples, generator)   # (S, B, D)
     log_q = nivmf_log_prob(z, mu, K, form)              # (S, B, C)
     entropy, _ = image_entropy(embeddings)              # (B, 1)
@@ -389,14 +389,12 @@ class ProbabilisticProxies(nn.Module):
         return F.cross_entropy(self.logits(embeddings, generator), labels)
 
     def logits(self, embeddings, generator=None):
-        """similarity / T, (B, C). In the official form, elk and bhattacharyya have T inside."""
-        # In both cases `similarity` clamps T, in place, before anything is divided by it.
-        if self.form == "official" and self.metric in ("elk", "bhattacharyya"):
-            return self.similarity(embeddings, generator, inner_temperature=self.temperature)
+        """similarity / T, (B, C)."""
+        # `similarity` clamps T, in place, before anything is divided by it.
         return self.similarity(embeddings, generator) / self.temperature
 
     @nir.full_precision
-    def similarity(self, embeddings, generator=None, inner_temperature=1.0):
+    def similarity(self, embeddings, generator=None):
         """Similarity of the embeddings (B, D) and every class: (B, C)."""
         D = self.proxies.shape[1]
         if embeddings.dim() != 2 or embeddings.shape[1] != D:
@@ -412,8 +410,9 @@ class ProbabilisticProxies(nn.Module):
             return function(embeddings, mu, self.concentrations.squeeze(1))
         if self.metric == "loglik":
             return function(embeddings, mu, self.concentrations, self.form)
+        power_temperature = self.temperature if self.form == "official" else 1.0
         return function(embeddings, mu, self.concentrations, num_samples=self.samples,
-                        form=self.form, inner_temperature=inner_temperature, generator=generator)
+                        form=self.form, power_temperature=power_temperature, generator=generator)
 
     def keep_above_floors(self):
         """Clamp, in place, the parameters that the last update took below their floor.
