@@ -556,11 +556,11 @@ def _nir_parser():
 
 
 def test_best_is_the_epoch_of_the_highest_recall_and_has_its_column(photos, tmp_path, monkeypatch):
-    real, values = evaluate.recall_at_k, iter([0.5, 0.9, 0.2])
+    real, values = evaluate.recall_at_k, iter([0.5, 0.9, 0.9, 0.2])                      # of equal ones the first
     monkeypatch.setattr(evaluate, "recall_at_k", lambda e, y, ks: {1: next(values)} if ks == (1,) else real(e, y, ks))
-    last = train(photos, tmp_path, "--epochs", 3)
+    last = train(photos, tmp_path, "--epochs", 4)
     best, table = torch.load(tmp_path / "best.pt", weights_only=True), json.loads((tmp_path / "results.json").read_text())
-    assert (best["epoch"], last["epoch"], table["best"]["epoch"], table["last"]["epoch"]) == (2, 3, 2, 3)
+    assert (best["epoch"], last["epoch"], table["best"]["epoch"], table["last"]["epoch"]) == (2, 4, 2, 4)
 
 
 def test_validation_classes_choose_the_epoch_and_test_classes_make_the_table(photos, tmp_path, monkeypatch):
@@ -677,6 +677,7 @@ class Code:
     (["--dataset", "toy", "--pooling", "double"], "--pooling double needs a backbone with a layer `avgpool`"),
     (["--dataset", "toy", "--device", "gpu"], "--device gpu cannot be used"),
     (["--image_size", "8"], "--image_size 8 is too small"),
+    (["--dataset", "toy", "--embed_dim", "1"], "error: --embed_dim 1 is too small: a coupling flow needs at least two dimensions"),
     (["--dataset", "toy", "--batch_size", "7"], "--batch_size 7 is not a multiple of 2"),
     (["--dataset", "toy", "--batch_size", "900"], "--batch_size 900 is more than 2000 images of 100 training classes allow: use at most 500"),
     (["--dataset", "folder", "--data_root", "nowhere", "--arch", "conv4"], "error: nowhere is no folder"),

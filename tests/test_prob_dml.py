@@ -905,6 +905,8 @@ def test_a_run_starts_as_the_authors_did(metric, proxy):
 def test_a_pair_without_a_sense_is_named_on_the_command_line(capsys):
     for argv, message in ((["--metric", "cosine", "--proxy", "nivmf"], "metric cosine knows no concentration"),
                           (["--proxy", "vmf", "--form", "official"], "vMF proxies have one form"),
+                          (["--embed_dim", "1"], "error: --embed_dim must be at least 2, not 1"),
+                          (["--temperature", "1e-9"], "error: --temperature must be at least 0.001, not 1e-09"),
                           (["--proxyanchor_weight", "-1"], "--proxyanchor_weight: -1 is not at least 0")):
         with pytest.raises(SystemExit) as caught:
             common.command(lambda: prob_dml.main(["--dataset", "toy", "--device", "cpu", *argv]))
