@@ -295,9 +295,9 @@ def evaluate_checkpoints(args, out, test_split, selection, device):
         metrics = evaluate.all_metrics(embeddings, labels, data.usual_ks(args.dataset))
         norm_metrics, _ = evaluate.uncertainty(embeddings, labels, test_split.ambiguity)
         columns[title] = {"epoch": checkpoint["epoch"], **metrics, **norm_metrics}
+    save_file(out / "results.json", json.dumps(columns, indent=1))
     print(f"\ntest classes; the best epoch is chosen by {selection} Recall@1\n{table(columns)}",
           flush=True)
-    save_file(out / "results.json", json.dumps(columns, indent=1))
     print(f"\npictures: {LAUNCHER} evaluate.py --checkpoint {out / 'best.pt'} --pictures")
     return columns
 
@@ -601,13 +601,14 @@ def add_training_options(p):
     add("--warmup", type=not_negative(int),
         help="Epochs in which the backbone is not trained. Default: the preset's.")
     add("--batch_size", type=positive(int),
-        help="Images in a batch, in pairs of a class. Default: the preset's, or less if need be.")
+        help="Images in a batch, drawn in pairs of a class. Default: the preset's, or less if "
+             "need be.")
     add("--lr", type=positive(float),
         help="Adam's learning rate for the network. Default: the preset's.")
     add("--lr_steps", type=int, nargs="*",
         help="Epochs after which all learning rates are cut. Default: the preset's.")
     add("--lr_gamma", type=positive(float),
-        help="The factor by which they are cut. Default: the preset's.")
+        help="The factor by which the rates are cut at --lr_steps. Default: the preset's.")
     add("--weight_decay", type=not_negative(float), default=4e-4,
         help="Weight decay of the network; loss parameters have none. Default: 4e-4.")
     add("--val_fraction", type=not_negative(float, below=1), default=0.0,
@@ -624,9 +625,10 @@ def add_run_options(p):
     add("--workers", type=not_negative(int),
         help="Processes that load images. Default: as many as there are CPUs; for toy 0.")
     add("--out", help="Folder of a new run. Default: runs/NAME.")
-    add("--resume", help="last.pt of a run that was stopped, whose settings are used.")
+    add("--resume",
+        help="last.pt of a run that was stopped. Its settings are used, see the args.json there.")
     add("-h", "--help", action="store_true", default=argparse.SUPPRESS,
-        help="Show this, and the settings that the other options lead to.")
+        help="Show this, and the settings that result from the options beside it.")
 
 
 def positive(kind, zero=False, below=math.inf):
@@ -668,7 +670,7 @@ def parse(p, preset, argv=None, fixed=None):
             setattr(args, key, value)
     args.fixed = fixed(args) if fixed else {}
     if show_help:
-        p.epilog = settings_text(args, settings)
+        p.epilog = settings_text(args)
         p.print_help()
         p.exit()
     if args.image_size < 16:
@@ -701,16 +703,15 @@ def available_cpus():
     return os.cpu_count() or 1
 
 
-def settings_text(args, settings):
-    """The epilog of --help: what a run with the options that are given would use."""
-    used = {"arch": args.arch, "weights": args.weights, "image_size": args.image_size,
-            "augment": args.augment, "embed_dim": args.embed_dim,
-            "batch_size": args.batch_size or args.usual_batch_size}
-    for key in settings:
-        used[key] = getattr(args, key)
-    used.update(args.fixed)
+def settings_text(args):
+    """The epilog of --help: all that a run with the options that are given would use."""
+    used = {key: value for key, value in vars(args).items() if key not in CIRCUMSTANCES}
+    usual_batch_size = used.pop("usual_batch_size")
+    used["batch_size"] = args.batch_size or usual_batch_size
+    used.update(used.pop("fixed"))
+    del used["help"]
     width = max(map(len, used))
-    lines = [f"settings of --dataset {args.dataset} with the options given beside --help:"]
+    lines = ["settings of a run with the options that are given beside --help:"]
     for name, value in used.items():
         lines.append(f"  {name.ljust(width)}  {value}")
     return "\n".join(lines)

@@ -164,10 +164,10 @@ def unit_vectors(x):
 # the classes' directions mu (C, D), with their kappa (C,) for vMFs or K (C, D) for nivMFs. It
 # gives (B, C), larger for more similar. p is an image's distribution, q a class's.
 #
-# Between two vMFs all of them have a closed form. For nivMFs elk, bhattacharyya and kl take a mean
-# over samples of p, which all classes share. The loss divides a similarity by T. The official
-# form of elk and bhattacharyya has T inside the mean as well, as `power_temperature`, which is 1
-# otherwise. For elk:
+# Between two vMFs all of them have a closed form. For nivMFs elk, bhattacharyya and kl take a
+# mean over samples of p, which all classes share. The loss divides a similarity by T. The
+# official form of elk and bhattacharyya has T inside the mean as well, as `power_temperature`,
+# which is 1 otherwise. For elk:
 #
 #     exact:     log mean_s q(z_s)          official:     T log mean_s q(z_s)^(1/T)
 
@@ -933,7 +933,7 @@ def make_parser():
         help="The classes' distributions. Default: nivmf; for cosine and l2, which know no "
              "concentration, vmf.")
     add("--form", choices=FORMS,
-        help="Formulas of nivMF proxies: exact is the density. official is what the authors' code "
+        help="Formulas of nivMF proxies: exact is the density. official is what the official code "
              "has in EL-nivMF and in the log-likelihood; bhattacharyya and kl take EL-nivMF's. "
              "Default: exact.")
     add("--proxyanchor_weight", type=common.not_negative(float), default=0.0,
@@ -942,10 +942,12 @@ def make_parser():
     add("--proxy_lr", type=number,
         help="Learning rate of the proxies, as a multiple of --lr. Default: the preset's.")
     add("--concentration_lr", type=number,
-        help="Learning rate of their concentrations, as a multiple of --lr. Default: the preset's.")
+        help="Learning rate of the classes' concentrations, as a multiple of --lr. Default: the "
+             "preset's.")
     add("--temperature_lr", type=number,
         help="Learning rate of T, as a multiple of --lr. Default: the preset's.")
-    add("--temperature", type=number, help="First value of T. Default: the preset's.")
+    add("--temperature", type=number,
+        help="First value of T, the temperature of the softmax. Default: the preset's.")
     add("--concentration_init", type=number,
         help="First concentrations, and length of the stored proxies. Default: the preset's.")
     add("--norm_multiplier", type=number,
