@@ -497,7 +497,7 @@ class Criterion(nn.Module):
         self.proxyanchor.proxies = proxies.proxies
 
     def losses(self, embeddings, labels):
-        """The weighted losses, {name: scalar}, whose sum is trained."""
+        """The weighted losses, {name: scalar}, whose sum is minimised."""
         weighted = {self.proxies.metric: self.proxies(embeddings, labels)}
         if self.proxyanchor_weight:
             proxyanchor = self.proxyanchor(embeddings, labels)
