@@ -99,16 +99,14 @@ def nivmf_log_prob(z, mu, K, form="exact"):
     """
     check_nivmf(z, mu, K)
     check_choice("form", form, FORMS)
-    D = mu.shape[1]
     Kmu = K * mu
-    norm_Kmu = Kmu.norm(dim=1)                          # (C,)
-    log_C_D = log_vmf_normalizer(norm_Kmu, D)           # (C,)
-    mean_log_K = K.log().mean(1)                        # log det K = D mean_log_K, (C,)
     if form == "official":
-        return z @ Kmu.T + (log_C_D + D * mean_log_K - norm_Kmu.log())
+        return z @ Kmu.T + official_log_factor(Kmu, K)
+    D = mu.shape[1]
+    log_C_D = log_vmf_normalizer(Kmu.norm(dim=1), D)    # (C,)
     Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
     # log det K and D log ||Kz|| nearly cancel: subtracted before they are multiplied by D.
-    log_volume = D * (mean_log_K - norm_Kz.log())       # (..., C)
+    log_volume = D * (K.log().mean(1) - norm_Kz.log())  # (..., C)
     return log_C_D + Kz_Kmu / norm_Kz + log_volume
 
 
@@ -120,12 +118,16 @@ def official_log_likelihood(z, mu, K):
     The last two terms are not the volume log det K - D log ||Kz||, so this is no density.
     """
     check_nivmf(z, mu, K)
-    D = mu.shape[1]
-    norm_Kmu = (K * mu).norm(dim=1)                     # (C,)
-    log_C_D = log_vmf_normalizer(norm_Kmu, D)           # (C,)
-    mean_log_K = K.log().mean(1)                        # (C,)
     Kz_Kmu, norm_Kz = nivmf_products(z, mu, K)          # (..., C)
-    return Kz_Kmu / norm_Kz + (log_C_D + D * mean_log_K - norm_Kmu.log())
+    return Kz_Kmu / norm_Kz + official_log_factor(K * mu, K)
+
+
+def official_log_factor(Kmu, K):
+    """log C_D(||K mu||) + log det K - log ||K mu|| (C,), which both official formulas have."""
+    D = K.shape[1]
+    norm_Kmu = Kmu.norm(dim=1)
+    log_det_K = D * K.log().mean(1)
+    return log_vmf_normalizer(norm_Kmu, D) + log_det_K - norm_Kmu.log()
 
 
 def nivmf_products(z, mu, K):
