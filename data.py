@@ -311,7 +311,8 @@ def read_mat(path, variable, *fields):
     UserError for a file that cannot be read.
     """
     try:
-        values = np.atleast_1d(scipy.io.loadmat(path, squeeze_me=True)[variable])
+        mat = scipy.io.loadmat(path, squeeze_me=True, variable_names=variable)
+        values = np.atleast_1d(mat[variable])
         if not fields:
             return list(values)
         return [tuple(value[field] for field in fields) for value in values]
