@@ -414,9 +414,6 @@ def build_network(args, checkpoint=None, device=torch.device("cpu")):  # noqa: B
     # A run keeps the precision that it was trained with; an old checkpoint has none.
     precision = getattr(args, "precision", "auto")
     network.precision = backbone_precision(precision, device)
-    _, world = processes()
-    if device.type == "cuda" and world > 1 and not network.freeze_norm:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)      # exists on GPUs alone
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -705,7 +702,7 @@ def available_cpus():
 
 def settings_text(args):
     """The epilog of --help: all that a run with the options that are given would use."""
-    used = {key: value for key, value in vars(args).items() if key not in CIRCUMSTANCES}
+    used = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
     usual_batch_size = used.pop("usual_batch_size")
     used["batch_size"] = args.batch_size or usual_batch_size
     used.update(used.pop("fixed"))
@@ -718,7 +715,7 @@ def settings_text(args):
 
 
 # Options in which a resumed run may differ. (It stays in its folder, whatever --out says.)
-CIRCUMSTANCES = {"device", "workers", "resume", "out", "data_root"}
+MAY_DIFFER = {"device", "workers", "resume", "out", "data_root"}
 
 
 def resumed_settings(p, args, argv):
@@ -733,13 +730,13 @@ def resumed_settings(p, args, argv):
     as_before = argparse.Namespace(**{key: saved[key] for key in vars(args)})
     given = p.parse_args(argv, as_before)
     for key, value in vars(given).items():
-        if key not in CIRCUMSTANCES and value != saved[key]:
+        if key not in MAY_DIFFER and value != saved[key]:
             raise UserError(f"--{key} {value} contradicts the run in {args.resume}, which has "
                             f"{saved[key]}: leave the option out to resume, or start a new run")
     given.out = str(Path(args.resume).parent)
     # What is saved has also what `parse` adds, such as `fixed`.
-    circumstances = {key: getattr(given, key) for key in CIRCUMSTANCES}
-    return argparse.Namespace(**{**saved, **circumstances})
+    differing = {key: getattr(given, key) for key in MAY_DIFFER}
+    return argparse.Namespace(**{**saved, **differing})
 
 
 def defaults(*classes):
@@ -980,6 +977,9 @@ def distribute(model):
     trained = [parameter.requires_grad for parameter in inner.parameters()]
     if getattr(model, "trained", None) == trained:
         return model
+    network = inner.network
+    if network.embedding.weight.is_cuda and not network.freeze_norm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)        # in place; exists on GPUs alone
     parallel = DistributedDataParallel(inner)
     parallel.trained = trained
     return parallel

@@ -1135,7 +1135,7 @@ def make_parser():
     return parser
 
 
-def check_options(parser, options):
+def check_contradictions(parser, options):
     """Stop with a usage error where options contradict each other."""
     needed_by = {
         "checkpoint": ("data_root", "pictures", "retrieval", "embeddings"),
@@ -1234,7 +1234,7 @@ def main(argv=None):
 
     parser = make_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    check_contradictions(parser, options)
 
     if options.compare:
         write_comparison(options)
