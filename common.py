@@ -3,7 +3,7 @@
 A script brings its criterion, a module with these methods, and hands it to `train`:
 
     losses(embeddings, labels) -> {name: scalar}          their sum is minimised
-    param_groups(lr) -> [parameter groups for Adam]       each loss parameter has its own rate
+    param_groups() -> [parameter groups for Adam]         each loss parameter has its own rate
     diagnostics(embeddings, labels) -> {name: float}      what else log.csv shows, once an epoch
 
 It may have one more, which is called before each epoch. EL-nivMF makes its warm start there,
@@ -63,7 +63,6 @@ def train(args, make_criterion, name):
     fixed order.)
     """
     device = make_device(args.device)
-    args.precision = backbone_precision(args.precision, device)
     join_processes(device)
 
     # Data. The best epoch is chosen on the validation classes if there are any, else on the
@@ -186,7 +185,7 @@ def make_optimizer(args, network, criterion):
     for part in (network.backbone, network.embedding):
         groups.append({"params": list(part.parameters()), "lr": args.lr,
                        "weight_decay": args.weight_decay})
-    groups += criterion.param_groups(args.lr)
+    groups += criterion.param_groups()
     optimizer = torch.optim.Adam(groups)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_steps, args.lr_gamma)
     return optimizer, scheduler
@@ -195,15 +194,16 @@ def make_optimizer(args, network, criterion):
 def training_loader(args, split, device):
     """A split's training batches; with several processes, this one's part of each.
 
-    Sets args.batch_size if it was not given: to the preset's, `usual_batch_size`, or to the
-    most that the classes allow.
+    Sets args.batch_size if it was not given: to the preset's, `usual_batch_size`, but to no more
+    than half of the images.
     """
     if args.batch_size is None:
-        args.batch_size = min(args.usual_batch_size, data.largest_batch(split.labels))
+        half = max(2, len(split.images) // 4 * 2)       # an even number
+        args.batch_size = min(args.usual_batch_size, half)
     batches = data.ClassBatches(split.labels, args.batch_size, seed=args.seed)
     rank, world = processes()
     if args.batch_size % world:
-        # A multiple of 2 and of world: the next one below, or the smallest.
+        # An even multiple of world: the next one below, or the smallest.
         unit = math.lcm(2, world)
         fits = max(unit, args.batch_size // unit * unit)
         raise UserError(f"--batch_size {args.batch_size} cannot be shared by {world} processes: "
@@ -412,8 +412,7 @@ def build_network(args, checkpoint=None, device=torch.device("cpu")):  # noqa: B
             raise UserError("the checkpoint does not hold the network its settings name "
                             f"({args.arch}, D = {args.embed_dim}): {last_line(error)}") from None
     # A run keeps the precision that it was trained with; an old checkpoint has none.
-    precision = getattr(args, "precision", "auto")
-    network.precision = backbone_precision(precision, device)
+    network.precision = getattr(args, "precision", "float32")
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -501,15 +500,6 @@ def make_device(name):
         raise UserError(f"--device {name} cannot be used ({reason}): try --device cpu") from None
 
 
-def backbone_precision(precision, device):
-    """Resolve auto: bfloat16 on a GPU that has it in hardware, since emulated it is slow."""
-    if precision != "auto":
-        return precision
-    is_cuda = device.type == "cuda"
-    in_hardware = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if in_hardware else "float32"
-
-
 # ------------------------------------------------------------------------------ the command line
 
 LAUNCHER = "python"         # printed before a script's name; a program that starts it may set it
@@ -586,8 +576,6 @@ def add_data_and_network_options(p):
     add("--augment", choices=("photo", "light"),
         help="photo is the papers' crop and flip, light is less. Default: light for conv4, else "
              "photo.")
-    add("--corrupt", action="store_true",
-        help="Add noise and erasing to each image, in known amounts. Default: off.")
     add("--embed_dim", type=positive(int),
         help="D, the dimension of the embeddings. Default: 128; for toy 64.")
 
@@ -598,10 +586,10 @@ def add_training_options(p):
     add("--warmup", type=not_negative(int),
         help="Epochs in which the backbone is not trained. Default: the preset's.")
     add("--batch_size", type=positive(int),
-        help="Images in a batch, drawn in pairs of a class. Default: the preset's, or less if "
-             "need be.")
+        help="Images in a batch, drawn in pairs of a class; an even number. Default: the "
+             "preset's, but at most half of the training images.")
     add("--lr", type=positive(float),
-        help="Adam's learning rate for the network. Default: the preset's.")
+        help="Adam's learning rate of backbone and embedding layer. Default: the preset's.")
     add("--lr_steps", type=int, nargs="*",
         help="Epochs after which all learning rates are cut. Default: the preset's.")
     add("--lr_gamma", type=positive(float),
@@ -617,8 +605,8 @@ def add_run_options(p):
     add("--seed", type=int, default=0, help="Seed of all random numbers. Default: 0.")
     add("--device", default="auto",
         help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="The backbone's precision. Default: auto, bfloat16 on a GPU that has it in hardware.")
+    add("--precision", choices=("float32", "bfloat16"), default="float32",
+        help="The backbone's precision; bfloat16 is faster on a recent GPU. Default: float32.")
     add("--workers", type=not_negative(int),
         help="Processes that load images. Default: as many as there are CPUs; for toy 0.")
     add("--out", help="Folder of a new run. Default: runs/NAME.")
@@ -645,6 +633,18 @@ def positive(kind, zero=False, below=math.inf):
 
 
 not_negative = functools.partial(positive, zero=True)
+
+
+def learning_rate(text):
+    """An argparse type for the rate of a loss's parameters: 0 < rate <= 1."""
+    rate = float(text)
+    if not 0 < rate <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1: rates are "
+                                         "absolute, not multiples of --lr")
+    return rate
+
+
+learning_rate.__name__ = "learning rate"        # for argparse's error messages
 
 
 def parse(p, preset, argv=None, fixed=None):
@@ -720,12 +720,16 @@ MAY_DIFFER = {"device", "workers", "resume", "out", "data_root"}
 
 def resumed_settings(p, args, argv):
     """The settings of the run in --resume; an option that contradicts them is a UserError."""
-    saved = load_checkpoint(args.resume, "--resume")["args"]
+    checkpoint = load_checkpoint(args.resume, "--resume")
+    if checkpoint.get("version") != VERSION:
+        raise UserError(f"--resume {args.resume} was written by an older version, whose learning "
+                        "rates were multiples of --lr: resume it with that version")
+    saved = checkpoint["args"]
     unknown = sorted(vars(args).keys() - saved.keys())
     if unknown:
         options = ", ".join(f"--{key}" for key in unknown)
-        raise UserError(f"--resume {args.resume} is a run of another script or version, which "
-                        f"knows no {options}: resume it with its own")
+        raise UserError(f"--resume {args.resume} is a run of another script, which knows no "
+                        f"{options}: resume it with its own")
     # Parse again with the run's settings as defaults: what differs was typed by the user.
     as_before = argparse.Namespace(**{key: saved[key] for key in vars(args)})
     given = p.parse_args(argv, as_before)
@@ -785,6 +789,10 @@ def table(columns):
 # ----------------------------------------------------------------------------------------- files
 # A run's folder holds args.json, log.csv, last.pt, best.pt and results.json.
 
+# Of the checkpoints. --resume takes no older one, whose settings meant something else;
+# evaluate.py and load_network do.
+VERSION = 2
+
 
 def make_run_folder(args, name):
     """Make the run's folder, and write args.json there.
@@ -835,6 +843,7 @@ def save_epoch(out, args, network, criterion, optimizer, scheduler, history, sel
     """Write log.csv, last.pt, and best.pt if the epoch's Recall@1 is the highest so far."""
     recalls = [row[f"{selection}_recall@1"] for row in history]
     content = {
+        "version": VERSION,
         "args": vars(args),
         "network": network.state_dict(),
         "criterion": criterion.state_dict(),

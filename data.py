@@ -98,14 +98,12 @@ class Split(NamedTuple):
 
     It is a whole data set, or the classes to train, validate or test with. Labels run from
     0 to `len(class_names) - 1`. Ambiguity says how hard an image is to recognise; it is
-    known for toy and for corrupted images only. Corruption says how much noise and erasing
-    `corrupt` adds to an image.
+    known for toy only.
     """
     images: list  # N paths, or N uint8 arrays (H, W)
     labels: torch.Tensor  # (N,) int64
     class_names: list
     ambiguity: Optional[torch.Tensor] = None  # (N,) in [0, 1]
-    corruption: Optional[torch.Tensor] = None  # (N,) in [0, 1]
 
 
 def usual_ks(dataset):
@@ -163,7 +161,7 @@ def load(name, root):
 def load_splits(args):
     """The training, validation and test Splits of a run; validation may be None.
 
-    Uses the options `dataset`, `data_root`, `corrupt` and `val_fraction` of `args`.
+    Uses the options `dataset`, `data_root` and `val_fraction` of `args`.
     """
     rank, world = processes()
 
@@ -176,9 +174,6 @@ def load_splits(args):
     if rank == 0 and world > 1:
         dist.barrier()
 
-    if args.corrupt:
-        train = corrupted(train, seed=1)
-        test = corrupted(test, seed=2)
     validation = None
     if args.val_fraction:
         train, validation = hold_out(train, args.val_fraction)
@@ -193,7 +188,6 @@ def class_range(split, first, last):
         labels=split.labels[chosen] - first,
         class_names=split.class_names[first:last],
         ambiguity=None if split.ambiguity is None else split.ambiguity[chosen],
-        corruption=None if split.corruption is None else split.corruption[chosen],
     )
 
 
@@ -695,10 +689,6 @@ class Images(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed)
         image = self.transform(image)
         torch.set_rng_state(state)
-
-        # Corruption belongs to the image, so it is the same in every epoch.
-        if self.split.corruption is not None:
-            image = corrupt(image, float(self.split.corruption[index]), seed=index)
         return image, self.split.labels[index]
 
 
@@ -776,168 +766,48 @@ def reduction(transform, width, height):
     return max([factor for factor in (2, 4, 8) if factor <= largest], default=1)
 
 
-def corrupted(split, seed):
-    """The Split with a random corruption, uniform in [0, 1], given to each image.
-
-    Corruption adds to the ambiguity that images (of toy) have already:
-
-        1 - ambiguity = (1 - corruption) (1 - ambiguity before)
-    """
-    rng = torch.Generator().manual_seed(seed)
-    corruption = torch.rand(len(split.images), generator=rng)
-    before = 0 if split.ambiguity is None else split.ambiguity
-    ambiguity = 1 - (1 - corruption) * (1 - before)
-    return split._replace(corruption=corruption, ambiguity=ambiguity)
-
-
-def corrupt(image, amount, seed):
-    """A picture (3, H, W) uint8 with noise, and a square of it painted over.
-
-    The noise is Gaussian and has `amount` times the deviation of ImageNet's colours.
-    The painted square has their mean, and `amount / 2` of the area of the largest
-    square in the picture.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    mean = 255 * torch.tensor(MEAN).view(3, 1, 1)
-    deviation = 255 * torch.tensor(DEVIATION).view(3, 1, 1)
-
-    image = image + amount * deviation * torch.randn(image.shape, generator=rng)
-    image = image.round().clamp(0, 255).to(torch.uint8)
-
-    _, height, width = image.shape
-    side = round(math.sqrt(0.5 * amount) * min(height, width))
-    top = int(torch.randint(height - side + 1, (), generator=rng))
-    left = int(torch.randint(width - side + 1, (), generator=rng))
-    image[:, top:top + side, left:left + side] = mean.round().to(torch.uint8)
-    return image
-
-
 # ----------------------------------------------------------------------------- batches
 
-def largest_batch(labels, per_class=2):
-    """The largest batch size allowed: `per_class` images of each class.
-
-    Or a quarter of all images, in whole groups, if that is more: then an epoch has four
-    batches.
-    """
-    one_group_each = per_class * len(labels.unique())
-    quarter = len(labels) // 4
-    return max(one_group_each, quarter - quarter % per_class)
-
-
-def check_batch_size(labels, batch_size, per_class):
-    """Raise UserError for a batch size too large or no multiple of `per_class`."""
-    remainder = batch_size % per_class
-    if batch_size < per_class or remainder:
-        proposed = max(per_class, batch_size - remainder)
-        raise UserError(
-            f"--batch_size {batch_size} is not a multiple of {per_class}, "
-            f"the images per class: try {proposed}"
-        )
-    largest = largest_batch(labels, per_class)
-    if batch_size > largest:
-        raise UserError(
-            f"--batch_size {batch_size} is more than {len(labels)} images of "
-            f"{len(labels.unique())} training classes allow: use at most {largest}"
-        )
-
-
 class ClassBatches:
-    """Random batches of `batch_size` images, in groups of `per_class` of one class.
+    """Random batches, drawn in pairs of images of one class, as in the official code.
+
+    Each pair draws its class from all classes that have images, and then its two images
+    from that class, both with replacement. So a class can stand in a batch several times,
+    and an epoch does not show every image. It has floor(N / `batch_size`) batches, at least
+    one.
 
     Iterating yields lists of (image index, augmentation seed), as `Images` takes them.
     All follows from `seed` and from `epoch`, which the caller sets. Where there are
-    several processes, each sets `process_slice` to its own part of these lists.
-
-    The images of a class are shuffled and cut into groups. A batch takes the next group of
-    several different classes. These are drawn in proportion to the groups they have left; a
-    class with as many groups left as there are batches left must be in all of them. So an
-    epoch shows every image, unless the batches have no room for all groups of a class: then
-    it shows a random choice of as many as fit. The official code draws classes and images
-    with replacement instead (README).
-
-    With fewer classes than groups in a batch, classes give several groups to a batch,
-    and a warning says so. Raises UserError for a batch size that does not fit.
+    several processes, each sets `process_slice` to its own part of these lists. Raises
+    UserError for an odd batch size.
     """
 
-    def __init__(self, labels, batch_size, per_class=2, seed=0):
-        check_batch_size(labels, batch_size, per_class)
-        self.per_class = per_class
+    def __init__(self, labels, batch_size, seed=0):
+        if batch_size % 2:
+            raise UserError(
+                f"--batch_size {batch_size} is odd, but images are drawn in pairs: "
+                f"try {batch_size + 1}"
+            )
+        self.batch_size = batch_size
+        self.num_batches = max(1, len(labels) // batch_size)
         self.seed = seed
         self.epoch = 0
         self.process_slice = slice(None)
-
-        num_classes = int(labels.max()) + 1
-        self.images_of = [
-            torch.nonzero(labels == c).flatten() for c in range(num_classes)
-        ]
-        self.group_counts = torch.tensor([
-            math.ceil(len(images) / per_class) for images in self.images_of
-        ])
-        groups_per_batch = batch_size // per_class
-        self.length = math.ceil(int(self.group_counts.sum()) / groups_per_batch)
-
-        # A batch has `full_rounds` groups of every class, and one more of `num_drawn`
-        # classes. As a rule it has fewer groups than there are classes: `full_rounds`
-        # is 0.
-        self.full_rounds, self.num_drawn = divmod(groups_per_batch, num_classes)
-        if groups_per_batch > num_classes:
-            most = per_class * math.ceil(groups_per_batch / num_classes)
-            warnings.warn(
-                f"{num_classes} training classes cannot fill a batch of {batch_size} "
-                f"with {per_class} images each: it holds up to {most} of a class"
-            )
+        by_class = labels.argsort(stable=True).split(labels.bincount().tolist())
+        self.images_of = [images for images in by_class if len(images)]
 
     def __len__(self):
-        return self.length
+        return self.num_batches
 
     def __iter__(self):
         # No epoch of one seed repeats one of another: no run has that many epochs.
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        all_classes = list(range(len(self.images_of)))
-        queues = [[] for _ in all_classes]  # the shuffled images of each class
-
-        # The groups of each class that its full rounds leave over. A batch draws a class at
-        # most once, so more than `length` cannot be shown.
-        groups_left = self.group_counts - self.full_rounds * self.length
-        groups_left = groups_left.clamp(0, self.length)
-
-        for batches_left in range(self.length, 0, -1):
-            drawn = self.draw_classes(groups_left, batches_left, rng)
-            groups_left[drawn] = (groups_left[drawn] - 1).clamp(min=0)
-
+        for _ in range(self.num_batches):
             batch = []
-            for c in all_classes * self.full_rounds + drawn.tolist():
-                batch += self.next_group(queues[c], self.images_of[c], rng)
-
-            seeds = torch.randint(2 ** 62, (len(batch),), generator=rng).tolist()
+            num_pairs = self.batch_size // 2
+            for c in torch.randint(len(self.images_of), (num_pairs,), generator=rng):
+                images = self.images_of[c]
+                pair = torch.randint(len(images), (2,), generator=rng)
+                batch += images[pair].tolist()
+            seeds = torch.randint(2 ** 62, (self.batch_size,), generator=rng).tolist()
             yield list(zip(batch, seeds))[self.process_slice]
-
-    def draw_classes(self, groups_left, batches_left, rng):
-        """Draw `num_drawn` different classes, weighted by the groups they have left.
-
-        By the Gumbel-top-k trick, such a weighted draw without replacement takes the
-        classes with the largest
-
-            log(groups left) - log(-log u),    u uniform in [0, 1)
-        """
-        # u = 0 has no logarithm.
-        u = torch.rand(len(groups_left), generator=rng).clamp(min=1e-30)
-        # A class without groups left is drawn only where there are too few others.
-        keys = groups_left.clamp(min=1e-9).log() - (-u.log()).log()
-        # A class that must be in all batches left is drawn for certain.
-        keys[groups_left >= batches_left] = math.inf
-        return keys.topk(self.num_drawn).indices
-
-    def next_group(self, queue, images, rng):
-        """Take the next `per_class` images of a class from its queue.
-
-        A queue that is too short first gets all images of the class in a new order, but
-        not those that it still holds, so that the images of a group differ.
-        """
-        if len(queue) < self.per_class:
-            shuffled = images[torch.randperm(len(images), generator=rng)].tolist()
-            while len(queue) < self.per_class:
-                others = [index for index in shuffled if index not in queue]
-                queue.extend(others or shuffled)  # a class with too few images repeats them
-        return [queue.pop(0) for _ in range(self.per_class)]

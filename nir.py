@@ -344,18 +344,14 @@ class NIR(nn.Module):
     psi and rho are L2-normalised. With several centres for each class, rho is the one nearest
     to psi.
 
-    noise > 0 adds normal noise of that deviation to each coordinate of psi before the flow. The
-    mean log-likelihood is then at most minus the noise's entropy, -D/2 log(2 pi e noise^2), so
-    a class smaller than the noise gains almost nothing by shrinking.
-
-    proxy_lr and flow_lr are multiples of the network's learning rate, see `param_groups`.
+    proxy_lr and flow_lr are the learning rates of proxies and flow, see `param_groups`.
     """
 
     def __init__(self, proxy_loss, dim, form="nll", nir_weight=1.0, proxy_weight=1.0,
-                 proxy_lr=1.0, flow_lr=1.0, noise=0.0):
+                 proxy_lr=0.04, flow_lr=5e-4):
         super().__init__()
         self.proxy_loss = proxy_loss
-        self.form, self.noise = form, noise
+        self.form = form
         self.nir_weight, self.proxy_weight = nir_weight, proxy_weight
         self.proxy_lr, self.flow_lr = proxy_lr, flow_lr
         # nir_weight 0 is the baseline: no flow.
@@ -366,9 +362,6 @@ class NIR(nn.Module):
         """L_NIR, a scalar, of embeddings (B, D) and labels (B,)."""
         psi = F.normalize(embeddings)
         rho = self.own_proxies(psi, labels)
-        if self.noise:
-            psi = psi + self.noise * torch.randn_like(psi)              # no longer of length 1
-
         if self.form == "nll":
             return -self.flow.log_prob(psi, rho).mean()
         zeta, log_det = self.flow(psi, rho)
@@ -392,13 +385,11 @@ class NIR(nn.Module):
             weighted["nir"] = self.nir_weight * self.nir(embeddings, labels)
         return weighted
 
-    def param_groups(self, lr):
-        """Groups for Adam: multiples of `lr` for proxies and flow; its own weight decay is 0."""
-        proxies = list(self.proxy_loss.parameters())
-        groups = [{"params": proxies, "lr": self.proxy_lr * lr}]
+    def param_groups(self):
+        """Groups for Adam: proxies and flow, each with its learning rate, without weight decay."""
+        groups = [{"params": list(self.proxy_loss.parameters()), "lr": self.proxy_lr}]
         if self.flow is not None:
-            flow = list(self.flow.parameters())
-            groups.append({"params": flow, "lr": self.flow_lr * lr})
+            groups.append({"params": list(self.flow.parameters()), "lr": self.flow_lr})
         return groups
 
     def diagnostics(self, embeddings, labels):
@@ -426,30 +417,29 @@ class NIR(nn.Module):
 #
 # The first six rows are the official settings, for a pretrained network. `scratch` and `toy`
 # are for a network that starts from nothing (--weights none), and were found on validation
-# classes: RESULTS.md. On toy (D = 64) nir_noise 0.1 has the length 0.1 sqrt(D) = 0.8, about the
-# distance between two images of a class.
+# classes: RESULTS.md.
 #
-# proxy_lr and flow_lr are multiples of lr. The backbone is not trained in the first `warmup`
-# epochs. After each of the epochs in lr_steps, all rates are multiplied by lr_gamma.
+# lr is the rate of backbone and embedding layer. The backbone is not trained in the first
+# `warmup` epochs. After each of the epochs in lr_steps, all rates are multiplied by lr_gamma.
 # proxy_weight is the official code's w: it scales the proxy loss, not NIR.
 
 COLUMNS = (
     "epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
-    "proxy_lr", "flow_lr", "proxy_weight", "nir_form", "nir_weight", "nir_noise",
+    "proxy_lr", "flow_lr", "proxy_weight", "nir_form", "nir_weight",
 )
 SETTINGS = {
-    #                    epochs   lr    lr_steps         warmup   flow_lr     nir_form     nir_noise
+    #                    epochs   lr    lr_steps         warmup   flow_lr     nir_form
     #                         batch_size           lr_gamma proxy_lr  proxy_weight   nir_weight
-    "cub200":           (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.0075, "exp", 1.0,  0.0),
-    "cars196":          (100, 90, 1e-5, [],         0.1, 1, 4000, 50, 0.01,   "exp", 1.0,  0.0),
-    "sop":              (300, 90, 1e-5, [140, 230], 0.2, 5, 4000, 1,  0.3,    "exp", 1.0,  0.0),
+    "cub200":           (100, 90, 1e-5, [],         0.1, 1, 0.04, 5e-4, 0.0075, "exp", 1.0),
+    "cars196":          (100, 90, 1e-5, [],         0.1, 1, 0.04, 5e-4, 0.01,   "exp", 1.0),
+    "sop":              (300, 90, 1e-5, [140, 230], 0.2, 5, 0.04, 1e-5, 0.3,    "exp", 1.0),
     # With --nir_weight 0, which overrides the 1.0. There is no flow: flow_lr and NIR's columns are
     # not used.
-    "cub200 baseline":  (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
-    "cars196 baseline": (100, 90, 1e-5, [],         0.1, 0, 2000, 50, 1.0,    "exp", 1.0,  0.0),
-    "sop baseline":     (300, 90, 1e-5, [140, 230], 0.2, 0, 2000, 1,  1.0,    "exp", 1.0,  0.0),
-    "scratch":          (15,  90, 1e-3, [10, 13],   0.3, 0, 10,   1,  1.0,    "nll", 0.01, 0.0),
-    "toy":              (15,  90, 1e-3, [10, 13],   0.3, 0, 10,   1,  1.0,    "nll", 0.01, 0.1),
+    "cub200 baseline":  (100, 90, 1e-5, [],         0.1, 0, 0.02, 5e-4, 1.0,    "exp", 1.0),
+    "cars196 baseline": (100, 90, 1e-5, [],         0.1, 0, 0.02, 5e-4, 1.0,    "exp", 1.0),
+    "sop baseline":     (300, 90, 1e-5, [140, 230], 0.2, 0, 0.02, 1e-5, 1.0,    "exp", 1.0),
+    "scratch":          (15,  90, 1e-3, [10, 13],   0.3, 0, 0.01, 1e-3, 1.0,    "nll", 0.01),
+    "toy":              (15,  90, 1e-3, [10, 13],   0.3, 0, 0.01, 1e-3, 1.0,    "nll", 0.003),
 }
 
 
@@ -474,21 +464,18 @@ def make_parser():
     parser = common.parser(__doc__)
     add = parser.add_argument_group("proxy loss and NIR").add_argument
     not_negative = common.not_negative(float)
-    positive = common.positive(float)
     add("--loss", choices=LOSSES, default="proxyanchor",
         help="The proxy loss. Default: proxyanchor.")
     add("--nir_form", choices=("nll", "exp"),
         help="The NIR term: nll is the paper's, exp the official code's. Default: the preset's.")
     add("--nir_weight", type=not_negative,
         help="Weight of the NIR term; 0 is the baseline without NIR. Default: the preset's.")
-    add("--nir_noise", type=not_negative,
-        help="Deviation of the noise on embeddings before the flow. Default: the preset's.")
     add("--proxy_weight", type=not_negative,
         help="Weight of the proxy loss. Default: the preset's.")
-    add("--proxy_lr", type=positive,
-        help="Learning rate of the proxies, as a multiple of --lr. Default: the preset's.")
-    add("--flow_lr", type=positive,
-        help="Learning rate of the flow, as a multiple of --lr. Default: the preset's.")
+    add("--proxy_lr", type=common.learning_rate,
+        help="Learning rate of the proxies. Default: the preset's.")
+    add("--flow_lr", type=common.learning_rate,
+        help="Learning rate of the flow. Default: the preset's.")
     return parser
 
 
@@ -510,7 +497,6 @@ def main(argv=None):
             proxy_weight=args.proxy_weight,
             proxy_lr=args.proxy_lr,
             flow_lr=args.flow_lr,
-            noise=args.nir_noise,
         )
 
     # Made once now, so that an option that does not fit is named before data is read.

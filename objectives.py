@@ -622,11 +622,10 @@ def make_loss(name, num_classes, dim, granularity):
 class Objective(nn.Module):
     """A loss, together with the miner of its triplets if it takes any.
 
-    miner is a name in MINERS, or None. The parameters of the loss learn at the network's
-    learning rate times loss_lr.
+    miner is a name in MINERS, or None. loss_lr is the learning rate of the loss's parameters.
     """
 
-    def __init__(self, loss, miner=None, loss_lr=1.0):
+    def __init__(self, loss, miner=None, loss_lr=5e-4):
         super().__init__()
         self.loss = loss
         self.miner = miner
@@ -649,12 +648,12 @@ class Objective(nn.Module):
         name = type(self.loss).__name__.lower()         # as in LOSSES
         return {name: value}
 
-    def param_groups(self, lr):
+    def param_groups(self):
         """The parameters of the loss, if any, as one group for Adam, without weight decay."""
         parameters = list(self.loss.parameters())
         if not parameters:
             return []
-        return [{"params": parameters, "lr": self.loss_lr * lr}]
+        return [{"params": parameters, "lr": self.loss_lr}]
 
     @torch.no_grad()
     def diagnostics(self, embeddings, labels):
@@ -683,11 +682,10 @@ class Objective(nn.Module):
 # two scripts can be compared. lr is the best of three on validation classes (RESULTS.md): 3e-4
 # for arcface, 3e-3 for the others.
 #
-# loss_lr is the rate of the loss's parameters as a multiple of lr. The published rates are 5e-4
-# for boundaries and ArcFace (50 times lr), and 1e-5 for normsoftmax (1 time; on SOP 2e-3, 200
-# times). Softmax and SphereFace have no published rate and use ArcFace's. Those of `scratch`
-# are ours. In the first `warmup` epochs the backbone is not trained; after each of the epochs
-# in lr_steps, all rates are multiplied by lr_gamma. `beta` is Margin's granularity.
+# lr is the rate of backbone and embedding layer, loss_lr that of the loss's parameters. Softmax
+# and SphereFace have no published loss_lr and use ArcFace's. Those of `scratch` are ours. In the
+# first `warmup` epochs the backbone is not trained; after each of the epochs in lr_steps, all
+# rates are multiplied by lr_gamma. `beta` is Margin's granularity.
 
 COLUMNS = ("epochs", "batch_size", "lr", "lr_steps", "lr_gamma", "warmup",
            "loss_lr", "miner", "beta")
@@ -695,38 +693,38 @@ SETTINGS = {
     "paper": {
         # loss             epochs batch lr   steps     gamma warmup loss_lr miner      beta
         "triplet":         (150,   112,  1e-5, [],       0.1,  0,     None,   "distance", None),
-        "margin":          (150,   112,  1e-5, [],       0.1,  0,     50,     "distance", "class"),
+        "margin":          (150,   112,  1e-5, [],       0.1,  0,     5e-4,   "distance", "class"),
         "lifted":          (150,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
         "genlifted":       (150,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
         "multisimilarity": (150,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
-        "softmax":         (150,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
-        "normsoftmax":     (150,   112,  1e-5, [],       0.1,  0,     1,      None,       None),
-        "sphereface":      (150,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
-        "arcface":         (150,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+        "softmax":         (150,   112,  1e-5, [],       0.1,  0,     5e-4,   None,       None),
+        "normsoftmax":     (150,   112,  1e-5, [],       0.1,  0,     1e-5,   None,       None),
+        "sphereface":      (150,   112,  1e-5, [],       0.1,  0,     5e-4,   None,       None),
+        "arcface":         (150,   112,  1e-5, [],       0.1,  0,     5e-4,   None,       None),
     },
     "sop": {
         # loss             epochs batch lr   steps     gamma warmup loss_lr miner      beta
         "triplet":         (100,   112,  1e-5, [],       0.1,  0,     None,   "distance", None),
-        "margin":          (100,   112,  1e-5, [],       0.1,  0,     50,     "distance", "class"),
+        "margin":          (100,   112,  1e-5, [],       0.1,  0,     5e-4,   "distance", "class"),
         "lifted":          (100,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
         "genlifted":       (100,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
         "multisimilarity": (100,   112,  1e-5, [],       0.1,  0,     None,   None,       None),
-        "softmax":         (100,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
-        "normsoftmax":     (100,   112,  1e-5, [],       0.1,  0,     200,    None,       None),
-        "sphereface":      (100,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
-        "arcface":         (100,   112,  1e-5, [],       0.1,  0,     50,     None,       None),
+        "softmax":         (100,   112,  1e-5, [],       0.1,  0,     5e-4,   None,       None),
+        "normsoftmax":     (100,   112,  1e-5, [],       0.1,  0,     2e-3,   None,       None),
+        "sphereface":      (100,   112,  1e-5, [],       0.1,  0,     5e-4,   None,       None),
+        "arcface":         (100,   112,  1e-5, [],       0.1,  0,     5e-4,   None,       None),
     },
     "scratch": {
         # loss             epochs batch lr   steps     gamma warmup loss_lr miner      beta
         "triplet":         (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   "distance", None),
-        "margin":          (15,    90,   3e-3, [10, 13], 0.3,  0,     1,      "distance", "class"),
+        "margin":          (15,    90,   3e-3, [10, 13], 0.3,  0,     3e-3,   "distance", "class"),
         "lifted":          (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   None,       None),
         "genlifted":       (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   None,       None),
         "multisimilarity": (15,    90,   3e-3, [10, 13], 0.3,  0,     None,   None,       None),
-        "softmax":         (15,    90,   3e-3, [10, 13], 0.3,  0,     10,     None,       None),
-        "normsoftmax":     (15,    90,   3e-3, [10, 13], 0.3,  0,     10,     None,       None),
-        "sphereface":      (15,    90,   3e-3, [10, 13], 0.3,  0,     10,     None,       None),
-        "arcface":         (15,    90,   3e-4, [10, 13], 0.3,  0,     10,     None,       None),
+        "softmax":         (15,    90,   3e-3, [10, 13], 0.3,  0,     0.03,   None,       None),
+        "normsoftmax":     (15,    90,   3e-3, [10, 13], 0.3,  0,     0.03,   None,       None),
+        "sphereface":      (15,    90,   3e-3, [10, 13], 0.3,  0,     0.03,   None,       None),
+        "arcface":         (15,    90,   3e-4, [10, 13], 0.3,  0,     3e-3,   None,       None),
     },
 }
 
@@ -770,9 +768,8 @@ def main(argv=None):
     add("--beta", choices=("global", "class"),
         help="Boundaries of the margin loss: one for all classes, or one for each. "
              "Default: class.")
-    add("--loss_lr", type=common.positive(float),
-        help="Learning rate of the boundaries or proxies, as a multiple of --lr. "
-             "Default: the preset's.")
+    add("--loss_lr", type=common.learning_rate,
+        help="Learning rate of the boundaries or proxies. Default: the preset's.")
     args = common.parse(parser, preset, argv, fixed)
 
     applies_to = {"miner": MINED, "beta": ("margin",), "loss_lr": LEARNED}
