@@ -6,10 +6,14 @@
 
 Everything behind the script's name goes to the script. The stem and stages 0 to 4 stay as they are, so what they make of
 `--views` (8) augmented views of each training image, and of every image's central crop, is computed once and kept in
-float16 below runs/features/. The views are drawn at random from those: an epoch takes seconds on one core.
+float16 in the folder features/ below $RUNS (default: runs). The views are drawn at random from those: an epoch takes
+seconds on one core.
+
+`--loss proxyanchor-positions` is one more loss of nir.py: ProxyAnchor as the official code has it.
 """
 import argparse
 import hashlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -111,19 +115,28 @@ class EfficientNetLite0(nn.Module):
         return self
 
 
-common.BACKBONES["efficientnet_lite0"] = lambda image_size: (EfficientNetLite0(), 1280, (0.5,) * 3, (0.5,) * 3)
+ARCH = "efficientnet_lite0"
+common.BACKBONES[ARCH] = lambda image_size: (EfficientNetLite0(), 1280, (0.5,) * 3, (0.5,) * 3)
 
 # ----------------------------------------------------------------------------------------------------- the features
 
 
-def make_features(args, train, test, views, folder="runs/features"):
+def reading_code():
+    """The source of what decides an image's pixels. Features made by another version are not taken."""
+    parts = data.read_image, data.reduction, data.train_transform, data.test_transform, EfficientNetLite0, Block, same
+    return "".join(inspect.getsource(part) for part in parts)
+
+
+def make_features(args, train, test, views):
     """The frozen stages' float16 output for the central crop of every image, training images first, then for `views`
     augmented views of each training image: (N + N_train views, 112, H, W), read from the disk when asked for."""
     common.load_file(args.weights, "--weights")
     digest = hashlib.sha256(Path(args.weights).read_bytes())
+    digest.update(reading_code().encode())
     for path in train.images + test.images:
         digest.update(f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)}\n".encode())
-    file = Path(folder) / f"{digest.hexdigest()[:12]}-{args.image_size}-{args.augment}-{views}.npy"
+    folder = Path(os.environ.get("RUNS", "runs")) / "features"
+    file = folder / f"{digest.hexdigest()[:12]}-{args.image_size}-{args.augment}-{views}.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         network = common.build_network(args).eval()
@@ -160,9 +173,9 @@ def use_features(views):
             return torch.from_numpy(table["features"][row].astype(np.float32)), self.split.labels[index]
 
     def with_features(args):
-        if args.arch != "efficientnet_lite0" or args.weights == "none" or args.corrupt or args.dataset == "toy":
-            raise UserError("tests/pretrained.py keeps features of --arch efficientnet_lite0 with --weights PATH, of photographs "
-                            "as they are: give these, and leave --dataset toy and --corrupt out")
+        if args.arch != "efficientnet_lite0" or args.weights == "none" or args.dataset == "toy":
+            raise UserError("tests/pretrained.py keeps features of --arch efficientnet_lite0 with --weights PATH, of photographs: "
+                            "give these, and leave --dataset toy out")
         if vars(args).setdefault("views", views) != views:
             raise UserError(f"--views {views} contradicts the run, which has {args.views}: give that")
         whole = argparse.Namespace(**{**vars(args), "val_fraction": 0.0})
@@ -175,6 +188,29 @@ def use_features(views):
 
     real = data.Images
     data.load_splits = with_features
+
+
+# ------------------------------------------------------------------------------------------ the official ProxyAnchor
+
+
+class ProxyAnchorByPosition(nir.ProxyAnchor):
+    """ProxyAnchor as in the official code: the positive term is the mean over the images of the batch, not over the
+    proxies with a positive. A class that is in the batch k times counts k times."""
+
+    @nir.full_precision
+    def forward(self, embeddings, labels):
+        paper = super().forward(embeddings, labels)
+        s = nir.cosines(embeddings, self.proxies)                                       # (B, C)
+        positive = F.one_hot(labels, len(self.proxies)).bool()
+        pull = -self.alpha * (s - self.margin)
+        lowest = torch.finfo(s.dtype).min
+        terms = F.softplus(pull.masked_fill(~positive, lowest).logsumexp(0))            # (C,)
+        by_proxy = terms.sum() / positive.any(0).sum()
+        by_position = terms[labels].mean()
+        return paper - by_proxy + by_position
+
+
+nir.LOSSES["proxyanchor-positions"] = ProxyAnchorByPosition
 
 
 def main():

@@ -1,0 +1,167 @@
+"""The experiments behind RESULTS.md: their commands, and what they give as tables.
+
+    python tests/experiments.py STAGE [STAGE ...]      run what is missing, then write the tables
+    python tests/experiments.py --list                 print all commands
+
+Two runs at a time, each on one thread. A run that is there is skipped, one that was stopped is
+resumed. Runs, kept features and tables lie in the folder $RUNS (default: runs). Where it is
+started, `cub_half` (half of CUB200-2011, RESULTS.md says which), `efficientnet_lite0.pth` (its
+ImageNet weights) and `omniglot` have to be found.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pretrained
+import torch
+
+import common
+import data
+import evaluate
+
+RUNS = Path(os.environ.get("RUNS", "runs"))
+
+# ------------------------------------------------------------------------------- the experiments
+# {stage: {group: (seeds, command line)}}. The first group of a stage is the one to which the
+# others' differences are shown. What is not said is the preset's.
+
+CUB = ("--dataset cub200 --data_root cub_half --weights efficientnet_lite0.pth --workers 0 "
+       "--device cpu ")
+SHORT = CUB + "--epochs 15 --lr 1e-4 --lr_steps 10 13 --lr_gamma 0.3 "
+NIR = "tests/pretrained.py nir.py " + SHORT
+NIVMF = "tests/pretrained.py prob_dml.py " + SHORT
+ABLATION = "tests/pretrained.py prob_dml.py " + CUB + "--embed_dim 512 "
+# The control has NIR's proxy_weight, proxy_lr and warmup.
+CONTROL = "--nir_weight 0 --proxy_weight 0.0075 --proxy_lr 0.04 --warmup 1 "
+
+STAGES = {
+    "nir": {
+        "anchor-control": (5, NIR + CONTROL),
+        "anchor-official": (5, NIR + "--nir_weight 0"),
+        "anchor-exp": (5, NIR),
+        "anchor-nll": (5, NIR + "--nir_form nll --nir_weight 7.5e-5"),
+        "anchor-positions": (3, NIR + CONTROL + "--loss proxyanchor-positions"),
+    },
+    # The control is ProxyAnchor alone. A proxy of length 6 that moves by 0.05 turns as far as one
+    # of length sqrt(128) / 8 that moves by 0.0118.
+    "nivmf": {
+        "g3-control": (5, NIR + "--nir_weight 0 --proxy_weight 3 --batch_size 64 "
+                          "--proxy_lr 0.0118"),
+        "g3-exact": (5, NIVMF + "--proxyanchor_weight 3"),
+        "g3-official": (5, NIVMF + "--proxyanchor_weight 3 --form official"),
+        "cosine": (5, NIVMF + "--metric cosine --batch_size 64"),
+    },
+}
+
+
+def runs_of(stage):
+    """The runs of a stage, (folder, command line), seed by seed, so that pairs come early."""
+    groups = STAGES[stage]
+    most = max(seeds for seeds, _ in groups.values())
+    for seed in range(most):
+        for name, (seeds, command) in groups.items():
+            if seed < seeds:
+                folder = RUNS / stage / f"{name}-seed{seed}"
+                yield folder, f"{command.strip()} --seed {seed} --out {folder}"
+
+
+def run(folder, command):
+    """Train a run to its end, unless it is there. Its output goes to the file FOLDER.txt."""
+    if (folder / "results.json").exists():
+        return
+    if (folder / "last.pt").exists():
+        words = command.split()
+        scripts = [word for word in words if word.endswith(".py")]
+        command = f"{' '.join(scripts)} --resume {folder / 'last.pt'}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(command, flush=True)
+    with open(f"{folder}.txt", "a") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command.split()], stdout=log, stderr=log,
+                              env=environment)
+    if done.returncode:
+        print(f"failed: {folder}.txt says why", flush=True)
+
+
+# ------------------------------------------------------------------------ without any training
+
+
+def untrained(seeds=5):
+    """A table: half of CUB's test classes, embedded without any training, as Markdown.
+
+    First by the network's 1280 features, then behind a random linear layer as a run starts with.
+    """
+    _, test = data.load("cub200", "cub_half")
+    args = argparse.Namespace(arch=pretrained.ARCH, embed_dim=1280, image_size=128,
+                              pooling="average", augment="photo", workers=0,
+                              weights="efficientnet_lite0.pth")
+    network = common.build_network(args)
+    torch.nn.init.eye_(network.embedding.weight)
+    torch.nn.init.zeros_(network.embedding.bias)
+    features = common.embed(network, test, args, torch.device("cpu"))
+
+    rows = {"1280 features": [features]}
+    for dim in (128, 512):
+        rows[f"random layer, D = {dim}"] = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                rows[f"random layer, D = {dim}"].append(torch.nn.Linear(1280, dim)(features))
+
+    names = ("recall@1", "map@r", "nmi")
+    lines = ["|  | n | " + " | ".join(names) + " |", "| --- |" + " ---: |" * (1 + len(names))]
+    for title, embeddings in rows.items():
+        metrics = [evaluate.all_metrics(e, test.labels, (1,)) for e in embeddings]
+        cells = [title, str(len(embeddings))]
+        for name in names:
+            cells.append(evaluate.format_metric(name, [values[name] for values in metrics]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def write_tables(stage):
+    """Compare the stage's finished runs, and write the table to $RUNS/STAGE.md."""
+    folders = [folder for folder, _ in runs_of(stage) if (folder / "results.json").exists()]
+    baseline = RUNS / stage / f"{next(iter(STAGES[stage]))}-seed0"
+    if baseline in folders:
+        text = evaluate.compare(folders, baseline)
+        common.save_file(RUNS / f"{stage}.md", text)
+        print(text)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("stages", nargs="*", metavar="STAGE", help=f"untrained, {', '.join(STAGES)}")
+    p.add_argument("--list", action="store_true", help="print all commands instead")
+    args = p.parse_args()
+    for stage in args.stages:
+        if stage not in ("untrained", *STAGES):
+            p.error(f"there is no stage {stage}: choose untrained, {', '.join(STAGES)}")
+    if args.list:
+        for stage in STAGES:
+            for _, command in runs_of(stage):
+                print(f"python {command}")
+        return
+
+    for stage in args.stages:
+        if stage == "untrained":
+            common.save_file(RUNS / "untrained.md", untrained())
+            continue
+        # The first run alone, because it makes the features that the others take.
+        first, *others = runs_of(stage)
+        run(*first)
+        with ThreadPoolExecutor(2) as pool:
+            for folder, command in others:
+                pool.submit(run, folder, command)
+        write_tables(stage)
+
+
+if __name__ == "__main__":
+    common.command(main)
