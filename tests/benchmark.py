@@ -265,7 +265,7 @@ def losses(B=90, C=100, D=512, S=5, repeats=7):
 def criterion_seconds(criterion, B, C, D):
     """Seconds of what a training loop adds to the network's own work: the losses, forward and backward, and Adam."""
     embeddings = (20 * torch.randn(B, D, device=DEVICE) / D ** 0.5).requires_grad_()
-    adam = torch.optim.Adam(criterion.param_groups(1e-3) or [embeddings])
+    adam = torch.optim.Adam(criterion.param_groups() or [embeddings])
     labels = torch.arange(B, device=DEVICE) // 2 % C
 
     def step():
