@@ -1,69 +1,136 @@
-"""The pretrained example: its network is the published one, and its kept features are what the network would compute."""
+"""The pretrained example: its network is the published one, its features what that computes."""
+import argparse
 import json
 import os
+import types
 import warnings
 from pathlib import Path
 
+import experiments
 import numpy as np
 import pretrained
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 import common
 import data
 import evaluate
+import nir
 from data import UserError
 
 REAL = Path(os.environ.get("DML_TEST_DATA", "not given"))
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """One epoch on eight classes of four pictures of noise, with random weights in place of ImageNet's."""
+def start(patch, *words):
+    """Run pretrained.main. `patch`, a MonkeyPatch, puts back what it replaces."""
+    for module, name in ((common, "LAUNCHER"), (data, "load_splits"), (data, "Images")):
+        patch.setattr(module, name, getattr(module, name))
+    patch.setattr("sys.argv", ["pretrained.py", *words])
+    pretrained.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two epochs on eight classes of four pictures of noise, with random weights."""
+    folder = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(0)
     network = pretrained.EfficientNetLite0()
-    torch.save({**network.state_dict(), "_fc.weight": torch.zeros(5, 1280)}, tmp_path / "weights.pth")
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(module.weight, 2.5)  # else random layers make all images equal
+    state = {**network.state_dict(), "_fc.weight": torch.zeros(5, 1280)}
+    torch.save(state, folder / "weights.pth")
     for c in range(8):
-        (tmp_path / f"photos/{c}").mkdir(parents=True)
+        (folder / f"photos/{c}").mkdir(parents=True)
         for i in range(4):
-            torchvision.utils.save_image(torch.rand(3, 40, 40), tmp_path / f"photos/{c}/{i}.png")
-    monkeypatch.chdir(tmp_path)
-    for module, name in ((data, "load_splits"), (data, "Images")):                    # put back afterwards
-        monkeypatch.setattr(module, name, getattr(module, name))
-    argv = ["pretrained.py", "nir.py", "--views", "3", "--dataset", "folder", "--data_root", "photos", "--weights", "weights.pth",
-            "--image_size", "64", "--embed_dim", "8", "--epochs", "2", "--workers", "0", "--device", "cpu", "--out", "run"]
-    monkeypatch.setattr("sys.argv", argv)
-    monkeypatch.setattr(common, "LAUNCHER", "python")
-    real = data.Images
-    pretrained.main()
-    return network.eval(), real
+            torchvision.utils.save_image(torch.rand(3, 40, 40), folder / f"photos/{c}/{i}.png")
+
+    opened = [[]]  # the pictures that are opened before the first epoch, in each epoch
+    read_image, train_one_epoch = data.read_image, common.train_one_epoch
+
+    def noted(source, transform=None):
+        opened[-1].append(source)
+        return read_image(source, transform)
+
+    def one_epoch(*args):
+        opened.append([])
+        return train_one_epoch(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("RUNS", raising=False)
+        patch.setattr(data, "read_image", noted)
+        patch.setattr(common, "train_one_epoch", one_epoch)
+        patch.setattr(pretrained, "reading_code", lambda: "of this test")
+        start(patch, "nir.py", "--views", "3", "--dataset", "folder", "--data_root", "photos",
+              "--weights", "weights.pth", "--image_size", "64", "--embed_dim", "8",
+              "--epochs", "2", "--workers", "0", "--device", "cpu", "--out", "run")
+        features, launcher = data.Images, common.LAUNCHER
+    return types.SimpleNamespace(folder=folder, network=network.eval(), opened=opened,
+                                 features=features, launcher=launcher)
 
 
-def test_features_are_what_the_frozen_stages_make_of_views_and_central_crops(trained):
-    network, images = trained
+@pytest.fixture
+def splits(trained, monkeypatch):
+    """Training and test Split of the pictures; their paths are relative to the working folder."""
+    monkeypatch.chdir(trained.folder)
+    return data.load("folder", "photos")
+
+
+def test_features_are_what_the_frozen_stages_make_of_views_and_central_crops(trained, splits):
     file, = Path("runs/features").iterdir()
     rows = np.load(file)
-    assert rows.shape == (32 + 16 * 3, 112, 4, 4) and rows.dtype == np.float16 and file.name.endswith("-64-photo-3.npy")
-    train, test = data.load("folder", "photos")
-    plain, augmented = data.test_transform(64, "photo"), data.train_transform(64, "photo")
-    expected = {0: images(train, plain)[0], 16 + 5: images(test, plain)[5]}
-    expected |= {32 + 3 * 7 + view: images(train, augmented)[7, 1_000_003 * 7 + view] for view in range(3)}
+    assert file.name.endswith("-64-photo-3.npy")
+    assert rows.shape == (32 + 16 * 3, 112, 4, 4)
+    assert rows.dtype == np.float16
+
+    train, test = splits
+    plain = data.test_transform(64, "photo")
+    augmented = data.train_transform(64, "photo")
+    expected = {0: data.Images(train, plain)[0], 16 + 5: data.Images(test, plain)[5]}
+    for view in range(3):
+        expected[32 + 3 * 7 + view] = data.Images(train, augmented)[7, 1_000_003 * 7 + view]
     for row, (image, _) in expected.items():
         with torch.no_grad():
-            made = network.frozen((image[None] / 255 - 0.5) / 0.5)[0]
-        torch.testing.assert_close(torch.from_numpy(rows[row]).float(), made, rtol=2e-3, atol=2e-3)
-    found = data.Images(train, augmented)[7, 3 * 12345 + 1][0]                           # a seed's view is its remainder
+            made = trained.network.frozen((image[None] / 255 - 0.5) / 0.5)[0]
+        found = torch.from_numpy(rows[row]).float()
+        torch.testing.assert_close(found, made, rtol=2e-3, atol=2e-3)
+
+    # An item's view is the remainder of its seed.
+    found, _ = trained.features(train, augmented)[7, 3 * 12345 + 1]
     assert torch.equal(found, torch.from_numpy(rows[32 + 3 * 7 + 1]).float())
 
 
-def test_training_moves_the_last_stages_alone_and_pictures_give_what_the_features_gave(trained, monkeypatch):
-    network, images = trained
-    saved = torch.load("run/last.pt", weights_only=True)["network"]
-    cut = tuple(f"_blocks.{i}." for i in range(11)) + ("_conv_stem", "_bn0")
-    for name, value in network.named_parameters():
-        assert torch.equal(saved[f"backbone.{name}"], value) == name.startswith(cut), name
-    monkeypatch.setattr(data, "Images", images)
+def test_every_photograph_is_opened_before_the_first_epoch_and_none_later(trained):
+    before, first_epoch, second_epoch = trained.opened
+    assert len(set(before)) == 32
+    assert not first_epoch and not second_epoch
+
+
+def test_other_reading_code_makes_other_features(trained, splits, monkeypatch, tmp_path):
+    args = argparse.Namespace(**json.loads(Path("run/args.json").read_text()))
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    for version in ("of this test", "of this test", "another"):
+        monkeypatch.setattr(pretrained, "reading_code", lambda version=version: version)
+        pretrained.make_features(args, *splits, views=1)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
+def test_the_version_is_the_code_that_reads_and_crops_images():
+    for part in ("def read_image", "RandomResizedCrop(size)", "CenterCrop", "class Block"):
+        assert part in pretrained.reading_code()
+
+
+def test_training_moves_the_last_stages_alone(trained):
+    saved = torch.load(trained.folder / "run/last.pt", weights_only=True)["network"]
+    frozen = ("_conv_stem", "_bn0", *(f"_blocks.{i}." for i in range(11)))
+    for name, value in trained.network.named_parameters():
+        assert torch.equal(saved[f"backbone.{name}"], value) == name.startswith(frozen), name
+
+
+def test_pictures_give_what_the_features_gave(trained, splits):
     evaluate.main(["--checkpoint", "run/last.pt", "--device", "cpu"])
     results = json.loads(Path("run/results.json").read_text())["last"]
     metrics = json.loads(Path("run/metrics.json").read_text())
@@ -71,37 +138,67 @@ def test_training_moves_the_last_stages_alone_and_pictures_give_what_the_feature
     assert metrics["density"] == pytest.approx(results["density"], rel=0.02)
 
 
-def test_a_run_tells_how_to_repeat_and_how_to_show_it(trained):
-    command = json.loads(Path("run/args.json").read_text())["command"]
-    assert command.startswith("python pretrained.py nir.py --views 3 --dataset folder") and command.endswith("--out run")
-    assert common.LAUNCHER == "python pretrained.py"             # of `python pretrained.py evaluate.py --checkpoint ...`
+def test_a_run_tells_how_to_repeat_it(trained):
+    args = json.loads((trained.folder / "run/args.json").read_text())
+    assert args["command"].startswith("python pretrained.py nir.py --views 3 --dataset folder")
+    assert trained.launcher == "python pretrained.py"
 
 
-def test_weights_and_clean_images_are_asked_for(tmp_path, monkeypatch):
-    for module, name in ((data, "load_splits"), (data, "Images")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    for more in (["--dataset", "toy", "--weights", "x.pth"], ["--dataset", "folder", "--weights", "x.pth", "--corrupt"],
-                 ["--arch", "conv4"], ["--dataset", "folder"]):
-        monkeypatch.setattr("sys.argv", ["pretrained.py", "nir.py", "--device", "cpu", *more])
-        monkeypatch.setattr(common, "LAUNCHER", "python")
-        with pytest.raises(UserError, match="give these, and leave --dataset toy and --corrupt out"):
-            pretrained.main()
+@pytest.mark.parametrize("words", [
+    "--dataset toy --weights x.pth",
+    "--arch conv4",
+    "--dataset folder",
+])
+def test_weights_and_photographs_are_asked_for(monkeypatch, words):
+    with pytest.raises(UserError, match="give these, and leave --dataset toy out"):
+        start(monkeypatch, "nir.py", "--device", "cpu", *words.split())
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="set DML_TEST_DATA to a folder with cub_half and others")
-def test_untrained_recall_on_half_of_cub_is_the_published_networks():
+def test_the_official_proxyanchor_averages_its_positive_term_over_the_batch():
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])  # and none of class 2
+    embeddings = torch.randn(6, 5)
+    loss = pretrained.ProxyAnchorByPosition(3, 5)
+    s = F.normalize(embeddings) @ F.normalize(loss.proxies).T
+    positive, negative = 0.0, 0.0
+    for i in range(6):
+        own = [(-32 * (s[j, labels[i]] - 0.1)).exp() for j in range(6) if labels[j] == labels[i]]
+        positive += torch.log1p(sum(own)) / 6
+    for c in range(3):
+        others = [(32 * (s[j, c] + 0.1)).exp() for j in range(6) if labels[j] != c]
+        negative += torch.log1p(sum(others)) / 3
+    torch.testing.assert_close(loss(embeddings, labels), positive + negative)
+
+
+def test_the_commands_of_all_experiments_are_accepted(monkeypatch):
+    started = []
+    monkeypatch.setattr(common, "train", lambda args, *_: started.append(args))
+    for stage in experiments.STAGES:
+        for folder, command in experiments.runs_of(stage):
+            start(monkeypatch, *command.split()[1:])
+            assert started[-1].out == str(folder)
+    assert len({args.out for args in started}) == len(started) > 0
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="set DML_TEST_DATA to a folder with cub_half")
+def test_untrained_recall_on_half_of_cub_is_the_published_networks(monkeypatch):
     """76.6 % on the 1280 pooled features: architecture, weights and preprocessing are right."""
-    args = common.argparse.Namespace(arch="efficientnet_lite0", embed_dim=8, image_size=128, pooling="average", augment="photo",
-                                     weights=str(REAL / "efficientnet_lite0.pth"), workers=0)
+    args = argparse.Namespace(arch=pretrained.ARCH, embed_dim=1280, image_size=128,
+                              pooling="average", augment="photo", workers=0,
+                              weights=str(REAL / "efficientnet_lite0.pth"))
     network = common.build_network(args).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                                  # it is half of CUB
-        _, test = data.load("cub200", REAL / "cub_half")
-    network.embedding = torch.nn.Linear(1280, 1280, bias=False)
     torch.nn.init.eye_(network.embedding.weight)
+    torch.nn.init.zeros_(network.embedding.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is half of CUB
+        _, test = data.load("cub200", REAL / "cub_half")
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())
-    with torch.no_grad():
-        features = common.embed(network, test, args, torch.device("cpu"))
+    features = common.embed(network, test, args, torch.device("cpu"))
     torch.set_num_threads(threads)
-    assert evaluate.recall_at_k(features, test.labels, (1,))[1] == pytest.approx(0.766, abs=0.01)
+    recall = evaluate.recall_at_k(features, test.labels, (1,))[1]
+    assert recall == pytest.approx(0.766, abs=0.01)
+
+
+def test_the_official_proxyanchor_is_a_loss_of_nir():
+    assert nir.LOSSES["proxyanchor-positions"] is pretrained.ProxyAnchorByPosition
