@@ -8,19 +8,17 @@ built-in `toy` characters; images; batches.
 """
 import contextlib
 import errno
-import hashlib
+import http.client
 import math
 import os
 import shutil
+import socket
 import sys
-import tarfile
+import tempfile
 import time
-import urllib.error
-import urllib.request
 import warnings
-import zipfile
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import scipy.io
@@ -28,6 +26,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torchvision import transforms
+from torchvision.datasets.utils import calculate_md5
 
 
 class UserError(ValueError):
@@ -45,7 +44,8 @@ def clear_errors(action, remedy):
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, a lost process
+    # RuntimeError: torch.save, a lost process. HTTPException: an answer that is cut.
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             remedy = "the disk is full: make room and run again"
         reason = str(getattr(error, "reason", error)).partition("\n")[0]
@@ -103,7 +103,7 @@ class Split(NamedTuple):
     images: list  # N paths, or N uint8 arrays (H, W)
     labels: torch.Tensor  # (N,) int64
     class_names: list
-    ambiguity: Optional[torch.Tensor] = None  # (N,) in [0, 1]
+    ambiguity: torch.Tensor | None = None  # (N,) in [0, 1]
 
 
 def usual_ks(dataset):
@@ -147,11 +147,13 @@ def load(name, root):
             "results on a subset cannot be compared with a paper's"
         )
     if min(counts) == 0:
-        kind = "training" if counts[0] == 0 else "test"
-        raise UserError(f"{root} holds no {kind} images of {name}: get the whole set")
+        raise UserError(
+            f"{root} holds {counts[0]} training and {counts[1]} test images of {name}: "
+            "get the whole set"
+        )
 
     single = int((torch.bincount(train.labels) == 1).sum())
-    if single > 0:
+    if single:
         warnings.warn(
             f"{single} training class(es) have one image, which is paired with itself"
         )
@@ -223,22 +225,20 @@ def hold_out(split, fraction):
 def load_cub200(root):
     """CUB200-2011, from three lists that are joined by their ids."""
     base = find_or_fetch(root, CUB_URL, CUB_MD5, "CUB_200_2011", "images.txt")
-    classes = read_table(base / "classes.txt", 2)  # class id, class name
-    images = read_table(base / "images.txt", 2)  # image id, path
-    pairs = read_table(base / "image_class_labels.txt", 2)  # image id, class id
-    class_of_image = dict(pairs)
-    label_of_class = {class_id: label for label, (class_id, _) in enumerate(classes)}
+    class_names = dict(read_table(base / "classes.txt", 2))  # by class id
+    paths = dict(read_table(base / "images.txt", 2))  # by image id
+    class_of_image = dict(read_table(base / "image_class_labels.txt", 2))
+    label_of_class = {class_id: label for label, class_id in enumerate(class_names)}
 
     try:
-        labels = [label_of_class[class_of_image[image_id]] for image_id, _ in images]
+        labels = [label_of_class[class_of_image[image_id]] for image_id in paths]
     except KeyError as error:
         raise UserError(
             f"{base} has no class for the id {error}: unpack the archive again"
         ) from None
 
-    paths = [base / "images" / path for _, path in images]
-    names = [name for _, name in classes]
-    return halves(Split(paths, torch.tensor(labels), names))
+    images = [base / "images" / path for path in paths.values()]
+    return halves(Split(images, torch.tensor(labels), list(class_names.values())))
 
 
 def load_cars196(root):
@@ -255,7 +255,7 @@ def load_cars196(root):
     if archive.exists() and not (root / "car_ims").exists():
         check_md5(archive, CARS_IMAGES_MD5)
         check_md5(root / "cars_annos.mat", CARS_LIST_MD5)
-        unpack(archive, root, "car_ims")
+        unpack(archive, "car_ims")
 
     for base in (root / "stanford_cars", root / "cars196", root):
         older_list = base / "cars_annos.mat"
@@ -265,7 +265,7 @@ def load_cars196(root):
 
         train_list = base / "devkit/cars_train_annos.mat"
         test_list = base / "cars_test_annos_withlabels.mat"
-        if train_list.exists() and (base / "cars_train").is_dir():
+        if train_list.exists():
             if not test_list.exists():
                 raise UserError(
                     f"{test_list} is missing: "
@@ -299,25 +299,16 @@ def read_cars196(folders, path_field, names_file):
 
 
 def read_mat(path, variable, *fields):
-    """The values of a variable in one of Cars196's MATLAB files, as a list.
+    """The values of a variable in one of Cars196's MATLAB files, or some of their fields.
 
-    With `fields`, it is a list of tuples of these fields of each value. Raises
-    UserError for a file that cannot be read.
+    Raises UserError for a file that cannot be read.
     """
     try:
         mat = scipy.io.loadmat(path, squeeze_me=True, variable_names=variable)
         values = np.atleast_1d(mat[variable])
-        if not fields:
-            return list(values)
-        return [tuple(value[field] for field in fields) for value in values]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        NotImplementedError,
-        scipy.io.matlab.MatReadError,
-    ) as error:
+        return values[list(fields)] if fields else values
+    # For a damaged file scipy raises errors of any kind.
+    except Exception as error:
         raise UserError(
             f"{path} is not a readable Cars196 annotation file ({error}): "
             "fetch it again"
@@ -349,22 +340,15 @@ def load_folder(root):
     a picture is left out with a warning. Raises UserError where there are fewer than two
     classes.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"{root} is no folder: "
-            "give --data_root the folder that holds a sub-folder for each class"
-        )
-
     split = load_pictures(root)
-    for folder in sorted(root.iterdir()):
+    for folder in sorted(Path(root).iterdir()):
         is_class = folder.is_dir() and not folder.name.startswith(".")
         if is_class and folder.name not in split.class_names:
             warnings.warn(f"{folder} holds no image and is left out")
 
     # Pictures in no sub-folder have the class "", which is sorted before all others.
-    first = 1 if split.class_names[0] == "" else 0
-    split = class_range(split, first, len(split.class_names))
+    if split.class_names[0] == "":
+        split = class_range(split, 1, len(split.class_names))
     if len(split.class_names) < 2:
         raise UserError(
             f"{root} holds {len(split.class_names)} class(es), "
@@ -380,7 +364,7 @@ def load_pictures(folder):
     A picture's class is the first folder of its path below `folder`, or "" if there is
     none. Raises UserError where there is no picture.
     """
-    suffixes = set(Image.registered_extensions())
+    suffixes = Image.registered_extensions()
     paths, classes = [], []
     for path in sorted(Path(folder).rglob("*")):
         parts = path.relative_to(folder).parts
@@ -428,134 +412,82 @@ CARS_LIST_MD5 = "b407c6086d669747186bd1d764ff9dbc"  # of cars_annos.mat
 SOP_URL = "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"
 SOP_MD5 = "7f73d41a2f44250d4779881525aea32e"
 
-MIB = 2 ** 20  # bytes
-
 
 def find_or_fetch(root, url, md5, folder, marker):
     """The folder that holds the file `marker`: `folder` below `root`, or `root` itself.
 
-    Where neither does, the data set is downloaded. Raises UserError for a `folder` that
-    is there without the file.
+    Where neither does, the data set is downloaded and unpacked. Raises UserError for a
+    `folder` that is there without the file.
     """
-    target = Path(root) / folder
-    for base in (target, Path(root)):
+    root = Path(root)
+    target = root / folder
+    for base in (target, root):
         if (base / marker).exists():
             return base
     if target.exists():
         raise UserError(
             f"{target} holds no {marker}: delete the folder to download it again"
         )
-    fetch(root, url, md5, folder)
+
+    archive = root / url.rsplit("/", 1)[1]
+    if archive.exists():
+        check_md5(archive, md5)
+    else:
+        download(url, archive, md5)
+    unpack(archive, folder)
     return target
 
 
-def fetch(root, url, md5, folder):
-    """Download an archive into `root`, check its MD5 digest, unpack `folder` from it.
-
-    Called again, it resumes a download that was cut off.
-    """
-    archive = Path(root) / url.rsplit("/", 1)[1]
-    part = archive.with_name(archive.name + ".part")
+def download(url, archive, md5):
+    """Download `url` to the file `archive`, the whole of it or nothing."""
+    root = archive.parent
     remedy = (
-        f"run again to go on, put the file into {root} by hand, "
+        f"run again, put the file into {root} by hand, "
         "or try --dataset toy, which needs no download"
     )
-    if not archive.exists():
-        with clear_errors(f"the download of {url}", remedy):
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            download(url, part)
+    show_progress = sys.stderr.isatty() and processes()[0] == 0
+    usual_timeout = socket.getdefaulttimeout()
+    print(f"downloading {url}", flush=True)
+    with clear_errors(f"the download of {url}", remedy):
+        os.makedirs(root, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as staging:
+            part = Path(staging, archive.name)
+            socket.setdefaulttimeout(60)  # seconds without an answer
+            try:
+                torch.hub.download_url_to_file(url, str(part), progress=show_progress)
+            finally:
+                socket.setdefaulttimeout(usual_timeout)
+
+            # torch.hub does not notice that a connection was cut.
+            if calculate_md5(part) != md5:
+                raise OSError("its MD5 digest is wrong: it was cut, or has changed")
             os.replace(part, archive)
-    check_md5(archive, md5)
-    unpack(archive, root, folder)
-
-
-def download(url, path):
-    """Download `url` to `path`. Over HTTP, go on where an earlier download stopped.
-
-    Raises OSError for a connection that fails, and UserError for a disk too small.
-    """
-    done = path.stat().st_size if path.exists() else 0
-    headers = {"Range": f"bytes={done}-"} if done else {}
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        # 416: nothing is left to send. `fetch` checks the digest.
-        if error.code == 416:
-            return
-        raise
-
-    # 206: the server sends the part that we asked for; otherwise it sends everything.
-    # A response over FTP has no status.
-    mode = "ab" if getattr(response, "status", None) == 206 else "wb"
-    with response, open(path, mode) as file:
-        start = file.tell()
-        length = int(response.headers.get("Content-Length") or 0)
-        needed = 2 * length  # for the archive and its contents
-        free = shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise UserError(
-                f"{path.parent} has {free // MIB} MiB free, but {url} needs about "
-                f"{needed // MIB} MiB with its contents: make room and run again"
-            )
-
-        print(f"downloading {url} ({length // MIB} MiB)", flush=True)
-        for block in progress(blocks(response), math.ceil(length / MIB), "MiB"):
-            file.write(block)
-
-        lacking = start + length - file.tell()
-        if lacking > 0:
-            raise OSError(f"the connection was cut {lacking} bytes before the end")
-
-
-def blocks(file):
-    """The content of an open file or response, one MiB at a time."""
-    while block := file.read(MIB):
-        yield block
 
 
 def check_md5(path, md5):
     """Raise UserError for a file that is missing or has another MD5 digest."""
-    if not Path(path).exists():
+    if not path.exists():
         raise UserError(f"{path} is missing: put it there")
-    digest = hashlib.md5()
-    with open(path, "rb") as file:
-        for block in blocks(file):
-            digest.update(block)
-    if digest.hexdigest() != md5:
+    digest = calculate_md5(path)
+    if digest != md5:
         raise UserError(
-            f"{path} has the MD5 digest {digest.hexdigest()} instead of {md5}: "
-            "delete and fetch it again"
+            f"{path} has the MD5 digest {digest} instead of {md5}: "
+            "delete it and run again"
         )
 
 
-def unpack(archive, root, folder):
-    """Unpack `folder` of a .tgz or .zip archive below `root`, all of it or nothing."""
-    staging = Path(root) / f".unpacking-{folder}"
-    shutil.rmtree(staging, ignore_errors=True)  # what an interrupted run has left
+def unpack(archive, folder):
+    """Unpack `folder` of a .tgz or .zip archive beside it, all of it or nothing."""
+    # The filter refuses a tar's members that point outside of the folder. A zip's are
+    # always left out.
+    tar_filter = None if archive.suffix == ".zip" else "data"
+    root = archive.parent
+    remedy = f"see to it that {root} can be written, and run again"
     print(f"unpacking {archive}", flush=True)
-    with clear_errors(f"unpacking {archive}", "delete the archive and run again"):
-        try:
-            extract(archive, staging)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(
-                f"{archive} is not a readable archive ({error}): "
-                "delete it and run again"
-            ) from None
-        os.replace(staging / folder, Path(root) / folder)  # now the data set exists
-        shutil.rmtree(staging)
-
-
-def extract(archive, target):
-    """Unpack an archive below the folder `target`, and nothing outside of it."""
-    if zipfile.is_zipfile(archive):
-        # A zip's members that point outside of `target` are put inside.
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(target)
-    else:
-        # The filter refuses a tar's members that point outside of `target`.
-        with tarfile.open(archive) as file:
-            file.extractall(target, filter="data")
+    with clear_errors(f"unpacking {archive}", remedy):
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as staging:
+            shutil.unpack_archive(archive, staging, filter=tar_filter)
+            os.replace(Path(staging, folder), root / folder)
 
 
 # ---------------------------------------------------------------------- toy characters
