@@ -32,16 +32,17 @@ EL-nivMF (Kirchhof et al., ECCV 2022).
     rho              `spectral_decay`
     pi_density       `density`
     sigma^2_kappa    `concentration_variance`, from kappa_c and R_c of each class c
-    log ELK          `expected_likelihood`
 """
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
 import re
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 # Set before torch is imported: idle OpenMP threads sleep instead of slowing other
@@ -71,31 +72,29 @@ TIE = 1e-6
 # ---------------------------------------------------------------------------- retrieval
 
 
-def recall_at_k(embeddings, labels, ks, similarity=None):
+def recall_at_k(embeddings, labels, ks):
     """How often is one of the k most similar images a positive? Returns {k: Recall@k}.
 
         ahead(q)  = number of negatives at least as similar to q as q's best positive
         Recall@k  = fraction of the queries q with ahead(q) < k
 
-    So the N similarities of a query need no sorting. For embeddings (N, D) and labels
-    (N,). `similarity` maps queries (B, D) and all embeddings (N, D) to (B, N); None is
-    the cosine. A tie (up to TIE) counts against the query, so that a network which maps
-    all images to one point scores 0; with sorting it might score 100 %. Images alone in
-    their class are not used as queries. Raises UserError if no image has a positive.
+    So the N similarities of a query, which are cosines, need no sorting. For embeddings
+    (N, D) and labels (N,). A tie (up to TIE) counts against the query, so that a
+    network which maps all images to one point scores 0; with sorting it might score
+    100 %. Images alone in their class are not used as queries. Raises UserError if no
+    image has a positive.
     """
     check_ks(ks)
     embeddings, labels = check(embeddings, labels, need_positives=True)
 
     # For each chunk of queries: similarities to the positives (B, M), the most similar
     # first, and to the negatives (B, N); -inf where there is none.
-    chunks = positives_and_negatives(embeddings, labels, "recall: queries", similarity)
     ahead = []
+    chunks = positives_and_negatives(embeddings, labels, "recall: queries")
     for positives, negatives in chunks:
         best_positive = positives[:, :1]  # (B, 1)
-        # Relative where a similarity exceeds 1, as log ELK does.
-        tolerance = TIE * best_positive.abs().clamp(min=1)
         # In place, as ones and zeros in floats: adding up booleans is ten times slower.
-        at_least_as_similar = negatives.ge_(best_positive - tolerance)  # (B, N)
+        at_least_as_similar = negatives.ge_(best_positive - TIE)  # (B, N)
         ahead.append(at_least_as_similar.sum(1))
     ahead = torch.cat(ahead)  # (number of queries,)
 
@@ -438,16 +437,15 @@ def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
 # --------------------------------------------- how queries are compared with all images
 
 
-def positives_and_negatives(embeddings, labels, what, similarity=None):
-    """The similarities of queries to their positives and negatives, chunk after chunk.
+def positives_and_negatives(embeddings, labels, what):
+    """The cosines of queries to their positives and negatives, chunk after chunk.
 
     Yields, for each chunk of B queries,
         positives (B, M)   the most similar one first; -inf after a query's last one
         negatives (B, N)   in the images' order; -inf where an image is not a negative
-    where M is the largest number of positives in the chunk. `similarity` is that of
-    `recall_at_k`; the cosine of a zero vector and any other is 0. Images alone in their
-    class are not used as queries, which a warning tells. `what` names the pass in the
-    line that shows its progress.
+    where M is the largest number of positives in the chunk. The cosine of a zero vector
+    and any other is 0. Images alone in their class are not used as queries, which a
+    warning tells. `what` names the pass in the line that shows its progress.
     """
     N = len(labels)
     class_size = labels.bincount()  # (C,)
@@ -461,14 +459,8 @@ def positives_and_negatives(embeddings, labels, what, similarity=None):
             f"{N - len(queries)} of {N} images are alone in their class: no queries"
         )
 
-    chunk_size = CHUNK // N
-    if similarity is None:
-        embeddings = F.normalize(embeddings, dim=1)
-        similarity = torch.inner
-    else:
-        chunk_size //= 8  # the function needs room for its intermediate results
-    chunks = queries.split(max(1, chunk_size))
-
+    unit = F.normalize(embeddings, dim=1)
+    chunks = queries.split(max(1, CHUNK // N))
     for query in progress(chunks, len(chunks), what):
         # A row for each query: the images of its class. All rows are as long as the
         # largest class; in the row of a smaller one, images of other classes follow.
@@ -482,26 +474,12 @@ def positives_and_negatives(embeddings, labels, what, similarity=None):
         not_positive = (column >= size) | (member == query.unsqueeze(1))
         member = torch.where(not_positive, query.unsqueeze(1), member)
 
-        similarities = similarity(embeddings[query], embeddings)  # (B, N)
+        similarities = unit[query] @ unit.T  # (B, N)
         positives = similarities.gather(1, member).masked_fill(not_positive, -math.inf)
         negatives = similarities.scatter_(1, member, -math.inf)
 
         # Once sorted, each row ends with a -inf, that of the query itself: leave it out.
         yield positives.sort(dim=1, descending=True).values[:, :-1], negatives
-
-
-def expected_likelihood(queries, others):
-    """The EL-nivMF paper's kernel, here between two images: their log ELK, (B, N).
-
-        log ELK = log C_D(||x||) + log C_D(||y||) - log C_D(||x + y||)
-
-    The embeddings, `queries` x (B, D) and `others` y (N, D), are not normalised. They
-    stand for von Mises-Fisher distributions: the direction is the mean, the norm the
-    concentration. `others` take the place of the proxies.
-    """
-    import prob_dml  # not at the top: no other metric needs it
-
-    return prob_dml.elk_vmf(queries, prob_dml.unit_vectors(others), others.norm(dim=1))
 
 
 # ----------------------------------------------------------- how k-means finds clusters
@@ -726,367 +704,236 @@ COLOURS = (
     "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
 )
 
-# The area of the plot in a picture of 1440 x 840 pixels, which is halved at the end.
-PLOT_LEFT = 124
-PLOT_TOP = 28
-PLOT_RIGHT = 1412
-PLOT_BOTTOM = 752
 
+def save_curves(path, curves, label="Recall@1, %", logarithmic=False):
+    """Write a PNG of numbers by epoch, for {group: a curve for each of its seeds}.
 
-def save_curves(path, curves):
-    """Write a PNG of Recall@1 by epoch, for {group: a curve for each of its seeds}.
-
-    A curve is a list of percentages. Each group has a colour: thin lines for the seeds,
-    a thick one for their mean over the epochs that all have. Groups beyond the tenth
-    take the first colours again.
+    A curve is a list of numbers, one for each epoch. nan is left out, and on a
+    logarithmic axis all numbers <= 0. Each group has a colour: thin lines for the seeds, a
+    thick one for their mean; points where there is a single epoch. Groups beyond the
+    tenth take the first colours again. Raises UserError if no number is left.
     """
-    all_curves = [curve for group in curves.values() for curve in group]
-    epochs = max(len(curve) for curve in all_curves)
-    values = [value for curve in all_curves for value in curve]
-
-    # About eight grey lines, a whole number of percent apart, that hold all values.
-    step = max(1, math.ceil((max(values) - min(values)) / 8))
-    low = step * int(min(values) // step)
-    high = step * int((max(values) + step) // step)
-
-    def to_pixels(epoch, value):
-        """Where an epoch, from 1, and a percentage lie in the picture: (x, y)."""
-        right = (PLOT_RIGHT - PLOT_LEFT) * (epoch - 1) / max(1, epochs - 1)
-        up = (PLOT_BOTTOM - PLOT_TOP) * (value - low) / (high - low)
-        return PLOT_LEFT + right, PLOT_BOTTOM - up
+    numbers = np.concatenate(list(curves.values()))  # (runs, epochs)
+    epochs = numbers.shape[1]
+    lowest = 0 if logarithmic else -math.inf
+    numbers = numbers[numbers > lowest]
+    if len(numbers) == 0:
+        raise UserError(f"{label}: no number to draw, give another --column of log.csv")
 
     # Drawn at twice the size and then reduced, which makes the lines smooth.
     picture = Image.new("RGB", (1440, 840), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(26)
+    left, right, top, bottom = 140, 1412, 60, 780
+
+    # The axes. `axis` are 501 numbers at equal distances in the picture, from `bottom` to
+    # `top`; at every hundredth there is a grey line.
+    spaced = np.geomspace if logarithmic else np.linspace
+    axis = spaced(numbers.min(), numbers.max(), 501)
+    axis_y = np.linspace(bottom, top, 501)
+    epoch_x = np.linspace(left, right, epochs + 2)[1:-1]
+    for number, y in zip(axis[::100], axis_y[::100]):
+        draw.line([left, y, right, y], "#dddddd", 2)
+        draw.text((left - 16, y), f"{number:.3g}", "black", anchor="rm")
+    for i in range(0, epochs, math.ceil(epochs / 15)):
+        draw.text((epoch_x[i], bottom + 30), str(i + 1), "black", anchor="mm")
+    draw.text((left, top - 30), f"{label} by epoch", "black", anchor="lm")
 
     def draw_curve(curve, colour, width):
-        points = [to_pixels(epoch, value) for epoch, value in enumerate(curve, start=1)]
-        draw.line(points, fill=colour, width=width, joint="curve")
-
-    # The axes: grey lines, numbers and names.
-    for value in range(low, high + 1, step):
-        x, y = to_pixels(1, value)
-        draw.line([(x, y), to_pixels(epochs, value)], fill="#dddddd", width=2)
-        draw.text((x - 16, y), str(value), "black", anchor="rm")
-    for epoch in range(1, epochs + 1, math.ceil(epochs / 15)):
-        x, y = to_pixels(epoch, low)
-        draw.text((x, y + 30), str(epoch), "black", anchor="mm")
-    corners = [to_pixels(1, high), to_pixels(1, low), to_pixels(epochs, low)]
-    draw.line(corners, fill="black", width=2)
-    middle = (PLOT_LEFT + PLOT_RIGHT) / 2
-    draw.text((middle, PLOT_BOTTOM + 68), "epoch", "black", anchor="mm")
-    draw.text((PLOT_LEFT + 16, PLOT_TOP + 16), "Recall@1, %", "black", anchor="lm")
+        y = np.interp(curve, axis, axis_y, left=math.nan)
+        points = [point for point in zip(epoch_x, y) if not math.isnan(point[1])]
+        if len(points) == 1:
+            draw.circle(points[0], 4 + width, colour)
+        elif points:
+            draw.line(points, colour, width, joint="curve")
 
     # The curves, and a legend in the lower right corner.
     for i, (name, group) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         for curve in group:
             draw_curve(curve, colour, width=1)
-        draw_curve(np.mean(list(zip(*group)), axis=1), colour, width=6)
-        y = PLOT_BOTTOM + 10 - 34 * (len(curves) - i)
-        text = f"{name} (n = {len(group)})"
-        draw.text((PLOT_RIGHT - 16, y), text, colour, anchor="rm")
+        draw_curve(np.mean(group, axis=0), colour, width=6)
+        place = (right - 16, bottom + 10 + 34 * (i - len(curves)))
+        draw.text(place, f"{name} (n = {len(group)})", colour, anchor="rm")
     picture.resize((720, 420), Image.Resampling.LANCZOS).save(path, format="png")
 
 
 # --------------------------------------------------------------------------- comparison
+# A group is a list of runs that differ by their seed alone.
 
 # The metrics of the table, unless others are asked for.
 HEADLINE = ("recall@1", "map@r", "nmi")
 
-# Runs whose args.json differ in nothing but these are a group. Each is a circumstance of
-# the run and no setting, or is tied to the seed.
+# In these all runs of a table agree, or their numbers could not be compared.
+PROTOCOL = ("dataset", "epochs", "val_fraction")
+
+# In these the runs of a group may differ, as they are no settings.
 CIRCUMSTANCES = (
     "seed", "out", "resume", "device", "workers", "data_root",
-    "command", "torch", "commit",
+    "command", "torch", "commit", "folder", "options", "numbers",
 )
 
 
 def read_run(folder):
-    """What a finished run has left in its folder (a Path), as a dictionary.
+    """A finished run: what its args.json says, as attributes, and four more.
 
-    Raises whatever comes of a file that is missing or broken; see `read_runs`.
+        folder   its Path
+        name     its group's: NAME for NAME-seed0, NAME/0 and NAME-seed0-2
+        options  its command in parts: the script, then each option with its values, but
+                 for --seed and --out
+        numbers  {name: number}: metrics of results.json and columns of log.csv, both of
+                 the last epoch, and COLUMN@EPOCH of log.csv; nan for other names
+
+    Raises UserError for a file that is missing or broken.
     """
-    args = json.loads((folder / "args.json").read_text())
-    results = json.loads((folder / "results.json").read_text())
-    log = []
-    for row in csv.DictReader((folder / "log.csv").read_text().splitlines()):
-        log.append({column: float(value) for column, value in row.items()})
+    file = folder / "args.json"
+    try:
+        run = argparse.Namespace(**json.loads(file.read_text()), folder=folder)
+        # Data sets of one's own are told apart by the name of their folder.
+        if run.dataset == "folder":
+            run.dataset = f"folder {Path(run.data_root).name}"
+        seed_suffix = rf"[-_/](s(eed)?[-_]?)?{run.seed}(-\d+)?$"
+        run.name = Path(re.sub(seed_suffix, "", str(folder))).name
+        parts = re.split(" (?=--)", run.command)
+        run.options = [part for part in parts if not re.match("--(seed|out)[ =]", part)]
 
-    # Data sets of one's own are told apart by the name of their folder.
-    dataset = args["dataset"]
-    if dataset == "folder":
-        dataset = f"folder {Path(args['data_root']).name}"
-
-    # NAME-seed0, NAME/0 or, for a second run, NAME-seed0-2: all are called NAME.
-    seed_suffix = rf"[-_/](s(eed)?[-_]?)?{args['seed']}(-\d+)?$"
-    name = Path(re.sub(seed_suffix, "", str(folder.absolute()))).name
-
-    settings = {}
-    for key, value in args.items():
-        if key not in CIRCUMSTANCES and value is not None:
-            settings[key] = value
-
-    numbers, curve = {}, []
-    for row in log:
-        for column, value in row.items():
-            numbers[f"{column}@{row['epoch']:.0f}"] = value
-        recall = row.get("val_recall@1", row.get("test_recall@1", math.nan))
-        curve.append(100 * recall)
-    # results.json overwrites: its map@2 is not epoch 2 of a log column `map`.
-    numbers.update(log[-1])
-    for metric, value in results["last"].items():
-        numbers[metric] = float(value)
-
-    return {
-        "folder": folder,
-        "name": name,
-        "seed": args["seed"],
-        "command": args["command"],
-        "torch": args["torch"],
-        "commit": args["commit"],
-        "settings": settings,
-        # In words; only runs with the same protocol are compared.
-        "protocol": (
-            f"{dataset}, {args['epochs']} epochs, val_fraction {args['val_fraction']}"
-        ),
-        # {metric: number}: the last epoch's, and COLUMN@EPOCH of the log.
-        "numbers": numbers,
-        # Recall@1 by epoch in percent, of the validation classes where there are any.
-        "curve": curve,
-    }
+        file = folder / "log.csv"
+        run.numbers = defaultdict(lambda: math.nan)
+        for row in csv.DictReader(file.read_text().splitlines()):
+            for column, value in row.items():
+                run.numbers[column] = float(value)
+                run.numbers[f"{column}@{row['epoch']}"] = float(value)
+        # Last, as its map@2 is not epoch 2 of a column `map`.
+        file = folder / "results.json"
+        for name, value in json.loads(file.read_text())["last"].items():
+            run.numbers[name] = float(value)
+    except Exception as error:  # a file that somebody changed fails in any way
+        raise UserError(
+            f"{folder} is no finished run, as its {file.name} is missing or broken "
+            f"({type(error).__name__}): leave it out"
+        ) from None
+    return run
 
 
-def number_format(name, values):
-    """How a metric is written: factor, unit, format of values, format of deviation."""
-    is_gradient_share = name.startswith("grad_share_")
-    if is_gradient_share and abs(np.mean(values)) < 1e-3:
-        return 1, "", ".2g", ".2g"  # in percent it would lose its digits
+def read_groups(folders):
+    """The finished runs in these folders, {name: group}. One given twice counts once.
 
-    fractions = ("recall@", "map@", "test_recall@", "val_recall@")
-    if is_gradient_share or name in ("nmi", "f1") or name.startswith(fractions):
+    Raises UserError for runs that cannot be compared, and where runs of one name differ
+    in more than their seeds, or not even in these.
+    """
+    folders = dict.fromkeys(Path(folder).resolve() for folder in folders)
+    runs = [read_run(folder) for folder in folders]
+    for run, other in itertools.combinations(runs, 2):
+        both = f"{run.folder} and {other.folder}"
+        settings = PROTOCOL
+        remedy = "their numbers cannot be compared, leave one out"
+        if run.name == other.name:
+            settings = {**vars(run), **vars(other)}
+            remedy = "runs of one name are seeds of one group, rename one or leave it out"
+            if run.seed == other.seed:
+                raise UserError(f"{both} have the same seed: {remedy}")
+        for setting in settings:
+            value, other_value = vars(run).get(setting), vars(other).get(setting)
+            if value != other_value and setting not in CIRCUMSTANCES:
+                raise UserError(
+                    f"{both} differ in {setting} ({value} and {other_value}): {remedy}"
+                )
+
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    return groups
+
+
+def number_format(metric):
+    """How a metric is written: factor, unit, format of values, format of deviations."""
+    fractions = ("recall@", "test_recall@", "val_recall@", "map@", "nmi", "f1")
+    if metric.startswith(fractions):
         return 100, " %", ".1f", ".1f"
     return 1, "", ".4g", ".2g"
 
 
-def without_missing(values):
-    """The values that are not nan, and " (n = their number)" where some are missing."""
-    known = [value for value in values if not math.isnan(value)]
-    remark = f" (n = {len(known)})" if len(known) < len(values) else ""
-    return known, remark
-
-
-def format_metric(name, values):
+def format_metric(metric, values):
     """A metric's values over the seeds as "mean ± sample deviation".
 
-    Fractions are in percent. Values that are missing are nan. "-" where all are.
+    Fractions are in percent. "-" if a value is missing, which is nan.
     """
-    known, remark = without_missing(values)
-    if not known:
+    if np.isnan(values).any():
         return "-"
-    factor, unit, digits, deviation_digits = number_format(name, known)
-
-    text = f"{factor * np.mean(known):{digits}}"
-    if len(known) > 1:
-        # The standard error of the mean is the sample deviation over sqrt(n).
-        deviation = factor * scipy.stats.sem(known) * len(known) ** 0.5
-        text += f" ± {deviation:{deviation_digits}}"
-    return text + unit + remark
+    factor, unit, digits, deviation_digits = number_format(metric)
+    text = f"{factor * np.mean(values):{digits}}"
+    if len(values) > 1:
+        text += f" ± {factor * np.std(values, ddof=1):{deviation_digits}}"
+    return text + unit
 
 
-def format_difference(name, differences):
-    """A metric's differences, paired by seed, as "mean [low, high]".
+def format_difference(metric, group, baseline):
+    """A group's lead over another in a metric, as "mean [low, high]".
 
-    Fractions are in percent. The interval is Student's for 95 %. Differences that are
-    missing are nan. "-" for fewer than two.
+    The differences are paired by seed, the interval is Student's for 95 %. "-" for the
+    baseline itself, for fewer than two pairs, and where a value is missing.
     """
-    known, remark = without_missing(differences)
-    if len(known) < 2:
+    differences = []
+    for run, other in itertools.product(group, baseline):
+        if run.seed == other.seed:
+            differences.append(run.numbers[metric] - other.numbers[metric])
+    n = len(differences)
+    if group is baseline or n < 2 or np.isnan(differences).any():
         return "-"
-    factor, unit, digits, _ = number_format(name, known)
 
-    mean = factor * np.mean(known)
-    standard_error = factor * scipy.stats.sem(known)
-    half_width = standard_error * scipy.stats.t.ppf(0.975, len(known) - 1)
+    factor, unit, digits, _ = number_format(metric)
+    mean = factor * np.mean(differences)
+    standard_error = factor * scipy.stats.sem(differences)
+    half_width = standard_error * scipy.stats.t.ppf(0.975, n - 1)
     interval = f"[{mean - half_width:+{digits}}, {mean + half_width:+{digits}}]"
-    return f"{mean:+{digits}} {interval}{unit}{remark}"
+    warning = f" ({n} seeds only)" if n < 3 else ""
+    return f"{mean:+{digits}} {interval}{unit}{warning}"
 
 
-def read_runs(folders, baseline):
-    """The finished runs, the baseline first, and why the remaining folders are left out.
+def compare(groups, metrics=HEADLINE, paired=False):
+    """Markdown of {name: group}: their commands, then a table with a row for each.
 
-    A run that is given twice counts once. Raises UserError if the baseline is not a
-    finished run.
+    `metrics` are names in the runs' `numbers`. With `paired` the last column shows the
+    differences to the first group in the first metric. Raises UserError for a metric
+    that no run has.
     """
-    different = {}
-    for folder in [baseline, *folders]:
-        if folder:
-            different[Path(folder).resolve()] = Path(folder)
-
-    runs, left_out = [], []
-    for folder in different.values():
-        reason = None
-        try:
-            runs.append(read_run(folder))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            reason = f"missing or unfinished: no {Path(error.filename).name}"
-        except Exception as error:  # a file that somebody changed fails in any way
-            reason = (
-                "args.json, results.json or log.csv is broken: "
-                f"{type(error).__name__}: {error}"
-            )
-        if reason and baseline and not runs:  # the baseline itself, as it is read first
+    runs = [run for group in groups.values() for run in group]
+    known = dict.fromkeys(name for run in runs for name in run.numbers)
+    for metric in metrics:
+        if metric not in known:
+            # All but the many COLUMN@EPOCH, where COLUMN is a name itself.
+            listed = [name for name in known if name.rpartition("@")[0] not in known]
             raise UserError(
-                f"--baseline {baseline} is no finished run ({reason}): give one that is"
+                f"--metrics {metric}: no run has it, choose from {', '.join(listed)} "
+                "and log.csv's COLUMN@EPOCH"
             )
-        if reason:
-            left_out.append(f"{folder} ({reason})")
-    return runs, left_out
 
+    shared = []
+    for part in runs[0].options:
+        if all(part in run.options for run in runs):
+            shared.append(part)
+    lines = [f"All runs: `{' '.join(shared) or '-'}`", ""]
+    for name, group in groups.items():
+        seeds = ", ".join(str(run.seed) for run in group)
+        own = [part for part in group[0].options if part not in shared]
+        lines.append(f"- {name}, seeds {seeds}: `{' '.join(own) or '-'}`")
+    versions = dict.fromkeys(f"torch {run.torch}, commit {run.commit}" for run in runs)
+    lines += ["", f"With {'; '.join(versions)}", ""]
 
-def choose_protocol(runs, baseline):
-    """The runs of one protocol: the baseline's, the first run's, else the commonest.
-
-    Also says why the other runs are left out.
-    """
-    protocols = [run["protocol"] for run in runs]
-    if baseline:
-        usual = protocols[0]
-    else:
-        usual = max(protocols, key=protocols.count, default=None)
-
-    chosen, left_out = [], []
-    for run in runs:
-        if run["protocol"] == usual:
-            chosen.append(run)
-        else:
-            left_out.append(f"{run['folder']} (unlike: {run['protocol']}; not {usual})")
-    return chosen, left_out
-
-
-def group_runs(runs):
-    """The groups: lists of the runs that have the same settings.
-
-    Also says which runs are left out, because their group has a run of the same seed.
-    """
-    groups, left_out = {}, []
-    for run in runs:
-        settings = json.dumps(run["settings"], sort_keys=True)
-        group = groups.setdefault(settings, {})  # {seed: run}
-        seed = run["seed"]
-        if seed in group:
-            left_out.append(f"{run['folder']} (same seed as {group[seed]['folder']})")
-        else:
-            group[seed] = run
-    return [list(group.values()) for group in groups.values()], left_out
-
-
-def group_titles(groups):
-    """Each group's name, with the settings in which groups of the same name differ."""
-    firsts = [group[0] for group in groups]
-    titles = []
-    for run in firsts:
-        title = run["name"]
-        settings = run["settings"]
-        namesakes = [other["settings"] for other in firsts if other["name"] == title]
-        for key in sorted(set().union(*namesakes)):
-            if any(other.get(key) != settings.get(key) for other in namesakes):
-                title += f" {key}={settings.get(key)}"
-        titles.append(title)
-    return titles
-
-
-def check_metrics(metrics, runs):
-    """Raise UserError for a metric that no run has, with the names that there are."""
-    names = dict.fromkeys(name for run in runs for name in run["numbers"])
-    unknown = [name for name in metrics if name not in names]
-    if unknown:
-        # All but the many COLUMN@EPOCH, where COLUMN is a name itself.
-        listed = [name for name in names if name.rpartition("@")[0] not in names]
-        raise UserError(
-            f"no run has the metric {', '.join(unknown)}: there is {', '.join(listed)} "
-            "and log.csv's COLUMN@EPOCH"
-        )
-
-
-def table_rows(groups, titles, metrics, baseline):
-    """The rows of the comparison's table, each a list of texts.
-
-    With a baseline, whose group is the first, the last column shows the differences to
-    that group in the first metric, paired by seed.
-    """
+    baseline = runs[0].name
     header = ["", "n", *metrics]
-    if baseline:
-        header.append(f"{metrics[0]} minus {titles[0]} [95 %]")
+    if paired:
+        header.append(f"{metrics[0]} minus {baseline} [95 %]")
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
-
-    for title, group in zip(titles, groups):
-        row = [title, str(len(group))]
+    for name, group in groups.items():
+        row = [name, str(len(group))]
         for metric in metrics:
-            values = [run["numbers"].get(metric, math.nan) for run in group]
-            row.append(format_metric(metric, values))
+            row.append(format_metric(metric, [run.numbers[metric] for run in group]))
+        if paired:
+            row.append(format_difference(metrics[0], group, groups[baseline]))
         rows.append(row)
-
-        if baseline:
-            by_seed = {}
-            for run in group:
-                by_seed[run["seed"]] = run["numbers"].get(metrics[0], math.nan)
-            if group is groups[0]:
-                base = by_seed
-                row.append("-")
-            else:
-                differences = []
-                for seed, value in by_seed.items():
-                    differences.append(value - base.get(seed, math.nan))
-                row.append(format_difference(metrics[0], differences))
-    return rows
-
-
-def compare(folders, baseline=None, metrics=HEADLINE, curves=None):
-    """Compare finished runs over their seeds. Returns Markdown.
-
-    First the commands, then a table with a row for each group of runs that differ by
-    seed alone, at last what was left out. `metrics` are names in the `numbers` of
-    `read_run`. `baseline`, any run of a group, makes that group the first row, to which
-    the others' differences in the first metric are shown, paired by seed. `curves` is a
-    file for `save_curves`. Raises UserError if the baseline is not a finished run, if
-    no run has a metric, or if no run is left.
-    """
-    runs, unreadable = read_runs(folders, baseline)
-    runs, unlike = choose_protocol(runs, baseline)
-    groups, doubled = group_runs(runs)
-    left_out = unreadable + unlike + doubled
-    if not groups:
-        raise UserError(f"no finished run to compare: {'; '.join(left_out)}")
-
-    runs = [run for group in groups for run in group]
-    check_metrics(metrics, runs)
-    titles = group_titles(groups)
-
-    if curves:
-        curves_of = {}
-        for title, group in zip(titles, groups):
-            curves_of[title] = [run["curve"] for run in group]
-        with data.clear_errors(f"writing {curves}", "give another file with --curves"):
-            save_curves(curves, curves_of)
-
-    lines = []
-    for title, group in zip(titles, groups):
-        seeds = ", ".join(str(run["seed"]) for run in group)
-        # One command for all seeds, with N for the number.
-        command = re.sub(r"(seed[ =-]?)\d+", r"\1N", group[0]["command"])
-        lines.append(f"- {title}, seed {seeds}: `{command}`")
-    for key in ("torch", "commit"):
-        versions = dict.fromkeys(run[key] for run in runs)
-        lines.append(f"- {key}: {', '.join(versions)}")
-    lines.append("")
-    for row in table_rows(groups, titles, metrics, baseline):
+    for row in rows:
         lines.append(f"| {' | '.join(row)} |")
-    if left_out:
-        lines.append("")
-        for reason in left_out:
-            lines.append(f"- left out: {reason}")
     return "\n".join(lines) + "\n"
 
 
@@ -1112,9 +959,6 @@ def make_parser():
     add("--data_root", help="where the data set is now (default: where it was)")
     add("--pictures", action="store_true",
         help="also write retrieval.png and norms.png beside the checkpoint")
-    add("--retrieval", choices=("cosine", "elk"),
-        help="elk: also measure Recall@k by the expected likelihood kernel of the "
-             "images' von Mises-Fisher distributions (default: cosine)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--workers", type=common.not_negative(int),
         help="number of processes that load images (default: as in the run)")
@@ -1132,25 +976,31 @@ def make_parser():
              f"the first name (default: {' '.join(HEADLINE)})")
     add("--out", metavar="FILE.md", help="also write the table to this file")
     add("--curves", metavar="FILE.png", help="draw Recall@1 by epoch")
+    add("--column", metavar="NAME",
+        help="with --curves: draw this column of log.csv instead; the axis is logarithmic "
+             "if the name begins with grad_share_")
     return parser
 
 
 def check_contradictions(parser, options):
     """Stop with a usage error where options contradict each other."""
     needed_by = {
-        "checkpoint": ("data_root", "pictures", "retrieval", "embeddings"),
-        "embeddings": ("images",),
-        "compare": ("baseline", "metrics", "out", "curves"),
+        "data_root": "checkpoint",
+        "pictures": "checkpoint",
+        "embeddings": "checkpoint",
+        "images": "embeddings",
+        "baseline": "compare",
+        "metrics": "compare",
+        "out": "compare",
+        "curves": "compare",
+        "column": "curves",
     }
-    for needed, names in needed_by.items():
-        given_flags = [f"--{name}" for name in names if getattr(options, name)]
-        if given_flags and not getattr(options, needed):
-            parser.error(f"{', '.join(given_flags)} without --{needed}")
-
-    if options.images and (options.pictures or options.retrieval or options.data_root):
+    for name, needed in needed_by.items():
+        if getattr(options, name) and not getattr(options, needed):
+            parser.error(f"--{name} without --{needed}")
+    if options.images and (options.pictures or options.data_root):
         parser.error(
-            "--images is not the data set: "
-            "leave --data_root, --pictures and --retrieval out"
+            "--images is not the data set: leave --data_root and --pictures out"
         )
 
 
@@ -1158,14 +1008,34 @@ def write_comparison(options):
     """What --compare does: print the table and write the files that are asked for."""
     import common
 
-    metrics = options.metrics or HEADLINE
-    text = compare(options.compare, options.baseline, metrics, options.curves)
+    baseline = [options.baseline] if options.baseline else []
+    groups = read_groups(baseline + options.compare)
+    text = compare(groups, options.metrics or HEADLINE, paired=bool(baseline))
     print(text)
     if options.out:
         common.save_file(options.out, text)
         print(f"{options.out} written")
     if options.curves:
+        draw_column(options.curves, groups, options.column)
         print(f"{options.curves} written")
+
+
+def draw_column(path, groups, column=None):
+    """Draw a column of log.csv by epoch, for {name: group}; None means Recall@1."""
+    run = next(iter(groups.values()))[0]
+    if column is None:
+        column = "val_recall@1" if run.val_fraction else "test_recall@1"
+    factor, unit, _, _ = number_format(column)
+    names = [f"{column}@{epoch}" for epoch in range(1, run.epochs + 1)]
+
+    curves = {}
+    for title, group in groups.items():
+        curves[title] = []
+        for run in group:
+            curves[title].append([factor * run.numbers[name] for name in names])
+    is_share = column.startswith("grad_share_")
+    with data.clear_errors(f"writing {path}", "give another file with --curves"):
+        save_curves(path, curves, f"{column}{unit}", logarithmic=is_share)
 
 
 def embed_images(options, checkpoint):
@@ -1254,11 +1124,6 @@ def main(argv=None):
         **all_metrics(embeddings, split.labels, ks),
         **norm_metrics,
     }
-    if options.retrieval == "elk":
-        recall = recall_at_k(embeddings, split.labels, ks, expected_likelihood)
-        for k, value in recall.items():
-            metrics[f"recall@{k} elk"] = value
-
     file = Path(options.checkpoint)
     folder = file.parent
     print(common.table({file.name: metrics}))

@@ -126,12 +126,12 @@ def untrained(seeds=5):
 # ------------------------------------------------------------------------------------------ main
 
 
-def write_tables(stage):
+def write_table(stage):
     """Compare the stage's finished runs, and write the table to $RUNS/STAGE.md."""
     folders = [folder for folder, _ in runs_of(stage) if (folder / "results.json").exists()]
-    baseline = RUNS / stage / f"{next(iter(STAGES[stage]))}-seed0"
-    if baseline in folders:
-        text = evaluate.compare(folders, baseline)
+    if folders:
+        groups = evaluate.read_groups(folders)
+        text = evaluate.compare(groups, paired=True)
         common.save_file(RUNS / f"{stage}.md", text)
         print(text)
 
@@ -160,7 +160,7 @@ def main():
         with ThreadPoolExecutor(2) as pool:
             for folder, command in others:
                 pool.submit(run, folder, command)
-        write_tables(stage)
+        write_table(stage)
 
 
 if __name__ == "__main__":
