@@ -770,19 +770,13 @@ def check_options(make_criterion):
 def table(columns):
     """Plain text of {title: metrics}, a row for each metric; "-" is for one that is missing."""
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
-    rows = [["", *columns]]
+    lines = [" " * 22 + "".join(title.rjust(12) for title in columns)]
     for name in names:
-        row = [name]
+        line = name.ljust(22)
         for metrics in columns.values():
             value = metrics.get(name, math.nan)         # nan is shown as "-"
-            row.append(evaluate.format_metric(name, [value]))
-        rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for name, *cells in rows:
-        line = [name.ljust(widths[0])]
-        line += map(str.rjust, cells, widths[1:])
-        lines.append("  ".join(line))
+            line += evaluate.format_metric(name, [value]).rjust(12)
+        lines.append(line)
     return "\n".join(lines)
 
 

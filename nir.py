@@ -139,8 +139,7 @@ class ProxyAnchor(nn.Module):
         positive = F.one_hot(labels, num_classes).bool()
 
         # log(1 + sum exp) is softplus(logsumexp), which cannot overflow. What does not belong
-        # to a sum gets the lowest finite number: -inf would put nan into the backward pass of a
-        # sum over nothing.
+        # to a sum gets the lowest finite number: the logsumexp of -inf alone has no gradient.
         lowest = torch.finfo(s.dtype).min
         pull = -self.alpha * (s - self.margin)
         push = self.alpha * (s + self.margin)
