@@ -421,6 +421,13 @@ def test_similarity_to_an_isotropic_nivmf_approaches_the_closed_form_of_the_vmf(
     assert_close(sampled, closed, rtol=0, atol=1e-10 if metric == "loglik" else 0.1)
 
 
+@pytest.mark.parametrize("T", [0.25, 1.0, 3.0])
+def test_power_mean_is_the_mean_of_powers(T):
+    x = torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    expected = (x ** (1 / T)).mean(0) ** T
+    assert_close(prob_dml.power_mean(x.log(), T), expected.log())
+
+
 def test_cosine_l2_and_loglik_are_their_formulas():
     e = 3 * directions(4, 6)
     mu = directions(5, 6, seed=1)
