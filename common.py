@@ -34,6 +34,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def train(args, make_criterion, name):
 
     # Data. The best epoch is chosen on the validation classes if there are any, else on the
     # test classes, as in the official code.
-    train_split, val_split, test_split = data.load_splits(args)
+    train_split, val_split, test_split = data.load_splits(args, download=not args.resume)
     selection = "test" if val_split is None else "val"
     selection_split = test_split if val_split is None else val_split
     check_splits(args, selection_split, test_split)
@@ -81,7 +82,12 @@ def train(args, make_criterion, name):
     model = Model(network, criterion)
     out = make_run_folder(args, name)
     optimizer, scheduler = make_optimizer(args, network, criterion)
-    history = restore(checkpoint, args, criterion, optimizer, scheduler) if checkpoint else []
+    history = []
+    if checkpoint:
+        check_classes(checkpoint, train_split.class_names, args)
+        history = restore(checkpoint, args, criterion, optimizer, scheduler)
+        if len(history) == args.epochs:
+            print(f"the run in {out} is finished: it is only evaluated again", flush=True)
     print_start(name, train_split, test_split, device, out)
 
     for epoch in range(len(history), args.epochs):
@@ -106,7 +112,8 @@ def train(args, make_criterion, name):
         row[f"{selection}_recall@1"] = recall
         history.append(row)
         print_epoch(args, row, losses, selection, len(loader), epoch_seconds)
-        save_epoch(out, args, network, criterion, optimizer, scheduler, history, selection)
+        save_epoch(out, args, train_split.class_names, network, criterion, optimizer, scheduler,
+                   history, selection)
 
     return evaluate_checkpoints(args, out, test_split, selection, device)
 
@@ -242,8 +249,10 @@ def errors_name_step(epoch, step, out):
         yield
     except ValueError as error:
         problem, colon, remedy = str(error).partition(": ")
-        raise UserError(f"{problem} in epoch {epoch + 1}, step {step + 1}{colon}{remedy}; "
-                        f"the last good checkpoint is in {out}") from None
+        where = f"in epoch {epoch + 1}, step {step + 1}"
+        if epoch > 0:
+            remedy += f"; the last good checkpoint is {out / 'last.pt'}"
+        raise UserError(f"{problem} {where}{colon}{remedy}") from None
 
 
 def first_batch_diagnostics(model, losses, embeddings, labels):
@@ -288,6 +297,9 @@ def evaluate_checkpoints(args, out, test_split, selection, device):
     wait_for_all()                                  # for process 0, which writes the checkpoints
     columns = {}
     for title in ("last", "best"):
+        if title == "best" and not (out / "best.pt").exists():
+            warnings.warn(f"{out / 'best.pt'} is missing, so only the last epoch is evaluated")
+            continue
         checkpoint = load_checkpoint(out / f"{title}.pt", "checkpoint")
         network = build_network(args, checkpoint, device)
         embeddings = embed(network, test_split, args, device)
@@ -298,7 +310,9 @@ def evaluate_checkpoints(args, out, test_split, selection, device):
     save_file(out / "results.json", json.dumps(columns, indent=1))
     print(f"\ntest classes; the best epoch is chosen by {selection} Recall@1\n{table(columns)}",
           flush=True)
-    print(f"\npictures: {LAUNCHER} evaluate.py --checkpoint {out / 'best.pt'} --pictures")
+    # A script of one's own may have a backbone that evaluate.py does not know.
+    if Path(sys.argv[0]).name in ("nir.py", "prob_dml.py", "objectives.py"):
+        print(f"\npictures: {LAUNCHER} evaluate.py --checkpoint {out / 'best.pt'} --pictures")
     return columns
 
 
@@ -437,12 +451,16 @@ def load_weights(network, weights):
 def imagenet_weights():
     """torchvision's V1 weights of ResNet50, downloaded once."""
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    file = Path(torch.hub.get_dir(), "checkpoints", imagenet.url.rsplit("/", 1)[1])
+    was_there = file.exists()
     try:
         return imagenet.get_state_dict(check_hash=True)
-    except (OSError, RuntimeError) as error:
-        file = imagenet.url.rsplit("/", 1)[1]
-        raise UserError(f"the ImageNet weights could not be fetched ({error}): fetch {file} by "
-                        "hand and give --weights PATH, or start from nothing with --weights "
+    except Exception as error:      # unpickling a broken file can raise anything
+        if was_there:
+            raise UserError(f"{file} is broken ({type(error).__name__}): delete it, and it is "
+                            "fetched again") from None
+        raise UserError(f"the ImageNet weights could not be fetched ({error}): fetch {file.name} "
+                        "by hand and give --weights PATH, or start from nothing with --weights "
                         "none") from None
 
 
@@ -496,14 +514,15 @@ def make_device(name):
         raise UserError(f"--device {name} has no float64, which all metrics need: try --device "
                         "cpu") from None
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).split(". ")[0].splitlines()[0]      # pages may follow
         raise UserError(f"--device {name} cannot be used ({reason}): try --device cpu") from None
 
 
 # ------------------------------------------------------------------------------ the command line
 
 LAUNCHER = "python"         # printed before a script's name; a program that starts it may set it
-current_run = None          # folder of the run that is being trained, for `print_interrupted`
+current_run = None          # folder of the run that is being trained, a Path
+made_folder = False         # whether this run has made it
 
 
 def command(main):
@@ -512,7 +531,10 @@ def command(main):
     current_run = None
     warnings.showwarning = print_warning
     try:
-        main()
+        try:
+            main()
+        finally:
+            remove_unused_folder()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
@@ -520,26 +542,44 @@ def command(main):
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        signs = ("DataLoader worker (pid", "shared memory", "/torch_")
+        if not any(sign in str(error) for sign in signs):
+            raise
+        print("error: a process that loads images was ended, perhaps for want of shared memory: "
+              "use --workers 0, or give a container more of it (docker run --shm-size 8g); "
+              f"{resume_advice()}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print_interrupted()
-        sys.exit(130)
+        rank, _ = processes()
+        if rank == 0:
+            print(f"\ninterrupted: {resume_advice()}", file=sys.stderr, flush=True)
+        # Ended by the signal itself: a shell then ends its loop over seeds, too.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+
+
+def resume_advice():
+    """How to go on with a run that was ended."""
+    if current_run and (current_run / "last.pt").exists():
+        return f"go on with {LAUNCHER} {sys.argv[0]} --resume {current_run / 'last.pt'}"
+    return "no epoch is complete, so there is nothing to resume"
+
+
+def remove_unused_folder():
+    """Remove the folder of a run that ended before its first epoch was complete."""
+    rank, _ = processes()
+    if rank == 0 and current_run and not (current_run / "last.pt").exists():
+        (current_run / "args.json").unlink(missing_ok=True)
+        if made_folder:
+            with contextlib.suppress(OSError):          # somebody has put files there
+                current_run.rmdir()
 
 
 def print_warning(message, *_, **__):
     rank, _ = processes()
     if rank == 0:
         print(f"warning: {message}", file=sys.stderr)
-
-
-def print_interrupted():
-    rank, _ = processes()
-    if rank != 0:
-        return
-    advice = "no epoch is complete, so there is nothing to resume"
-    last = Path(current_run or "") / "last.pt"
-    if current_run and last.exists():
-        advice = f"go on with {LAUNCHER} {sys.argv[0]} --resume {last}"
-    print(f"\ninterrupted: {advice}", file=sys.stderr)
 
 
 def parser(docstring):
@@ -558,9 +598,9 @@ def parser(docstring):
 
 def add_data_and_network_options(p):
     add = p.add_argument_group("data").add_argument
-    add("--dataset", choices=data.DATASETS, default="cub200",
+    add("--dataset", choices=data.LOADERS, default="cub200",
         help="The data set; toy is built in. Default: cub200.")
-    add("--data_root", default="data",
+    add("--data_root", type=os.path.abspath, default="data",
         help="Folder that holds, or receives, the data set. Default: data.")
 
     add = p.add_argument_group("network").add_argument
@@ -671,8 +711,7 @@ def parse(p, preset, argv=None, fixed=None):
         p.print_help()
         p.exit()
     if args.image_size < 16:
-        raise UserError(f"--image_size {args.image_size} is too small for four poolings: use at "
-                        "least 16")
+        raise UserError(f"--image_size {args.image_size} is too small: use at least 16")
     if args.arch != "resnet50" and args.weights == "imagenet":
         raise UserError(f"--weights imagenet needs --arch resnet50: for {args.arch} give a state "
                         "dict's path, or none")
@@ -794,9 +833,10 @@ def make_run_folder(args, name):
     A folder that is given with --out may not hold a run already. Without --out the folder is
     always a new one, also if two runs start at once.
     """
-    global current_run
+    global current_run, made_folder
     rank, world = processes()
     out = Path(args.out or f"runs/{name}")
+    made_folder = not (args.out and out.exists())
     if args.out and not args.resume and (out / "last.pt").exists():
         raise UserError(f"--out {out} already holds a run: resume it with --resume "
                         f"{out / 'last.pt'}, or give another folder")
@@ -809,9 +849,10 @@ def make_run_folder(args, name):
         chosen = [out]
         dist.broadcast_object_list(chosen)
         out = chosen[0]
-    args.out = current_run = str(out)
+    current_run = out
+    args.out = str(out)
     if not args.resume:
-        script = os.path.relpath(sys.argv[0])
+        script = os.path.relpath(sys.argv[0] or "-")        # nothing: standard input
         settings = {
             **vars(args),
             "command": f"{LAUNCHER} {shlex.join([script, *sys.argv[1:]])}",
@@ -833,12 +874,14 @@ def make_new_folder(path):
             continue
 
 
-def save_epoch(out, args, network, criterion, optimizer, scheduler, history, selection):
+def save_epoch(out, args, class_names, network, criterion, optimizer, scheduler, history,
+               selection):
     """Write log.csv, last.pt, and best.pt if the epoch's Recall@1 is the highest so far."""
     recalls = [row[f"{selection}_recall@1"] for row in history]
     content = {
         "version": VERSION,
         "args": vars(args),
+        "class_names": class_names,         # of the training classes
         "network": network.state_dict(),
         "criterion": criterion.state_dict(),
         "epoch": len(history),
@@ -852,6 +895,16 @@ def save_epoch(out, args, network, criterion, optimizer, scheduler, history, sel
     content["scheduler"] = scheduler.state_dict()
     save_file(out / "last.pt", content)
     save_file(out / "log.csv", csv_text(history))
+
+
+def check_classes(checkpoint, class_names, args):
+    """Fail if a run was trained with other classes: its proxies would stand for new ones."""
+    trained = checkpoint.get("class_names", [])
+    if trained != class_names:
+        changed = sorted(set(trained) ^ set(class_names))
+        raise UserError(f"--resume {args.resume} was trained with other classes than there are in "
+                        f"{args.data_root} now ({', '.join(changed[:3])}): make the folder as it "
+                        "was")
 
 
 def restore(checkpoint, args, criterion, optimizer, scheduler):
@@ -884,7 +937,7 @@ def load_file(path, option):
     except FileNotFoundError:
         reason = "does not exist"
     except IsADirectoryError:
-        reason = "is a folder"
+        reason = "is a folder, whose last.pt or best.pt is wanted"
     except Exception as error:      # unpickling some other file can raise anything
         reason = ("is not a checkpoint, or holds more than tensors and plain values "
                   f"({type(error).__name__})")
@@ -901,7 +954,7 @@ def save_file(path, content):
     if rank != 0:
         return
     part = Path(f"{path}.part")
-    with data.clear_errors(f"writing {path}", "make room, or give another path"):
+    with data.clear_errors(f"writing {path}", "see to it that its folder can be written"):
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             if isinstance(content, str):

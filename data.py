@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 import scipy.io
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision import transforms
 from torchvision.datasets.utils import calculate_md5
 
@@ -119,37 +120,55 @@ PUBLISHED = {
 }
 
 
-def load(name, root):
+def load(name, root, download=True):
     """The training and the test Split of the data set `name` in the folder `root`.
 
-    Downloads CUB200-2011 and SOP where they are missing. Warns where the numbers of
-    images are not the published ones, and where training classes have a single image.
-    Raises UserError for a download that fails, for files that are missing or cannot be
-    read, and for a data set without training or test images.
+    Downloads CUB200-2011 and SOP where they are missing, unless `download` is False.
+    Classes without an image are left out, because their proxies would have no positives.
+    Warns of them, of numbers of images that are not the published ones, and of training
+    classes with a single image. Raises UserError for a download that fails, for files that
+    are missing or cannot be read, and where fewer than two classes train or test.
     """
-    if name == "toy":
-        return load_toy()
-    train, test = LOADERS[name](root)
+    if name not in LOADERS:
+        raise UserError(
+            f"no reader is known for the data set {name}: add the one of the run to "
+            "data.LOADERS"
+        )
+    folder = root
+    if name in ARCHIVES:
+        folder = find_or_fetch(root, *ARCHIVES[name], download)
+    train, test = LOADERS[name](folder)
 
-    missing = [path for path in train.images + test.images if not os.path.exists(path)]
+    images = train.images + test.images
+    paths = [image for image in images if isinstance(image, (str, Path))]
+    missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(
             f"{len(missing)} listed images are missing, the first is {missing[0]}: "
-            "unpack the data again"
+            "unpack the data again, or put them back"
+        )
+
+    listed = len(train.class_names) + len(test.class_names)
+    train, test = without_empty_classes(train), without_empty_classes(test)
+    classes = len(train.class_names), len(test.class_names)
+    if sum(classes) < listed:
+        warnings.warn(
+            f"{root}: left out {listed - sum(classes)} class(es) of {name} without an image"
         )
 
     counts = len(train.images), len(test.images)
-    published = PUBLISHED.get(name)  # None for a folder of one's own
+    published = PUBLISHED.get(name)  # None for a data set of one's own
     if published and counts != published:
         warnings.warn(
             f"{root} holds {counts[0]} training and {counts[1]} test images of {name}, "
             f"the published split {published[0]} and {published[1]}: "
             "results on a subset cannot be compared with a paper's"
         )
-    if min(counts) == 0:
+    # Within a single class, any retrieval is right.
+    if min(classes) < 2:
         raise UserError(
-            f"{root} holds {counts[0]} training and {counts[1]} test images of {name}: "
-            "get the whole set"
+            f"{root} holds images of {classes[0]} training and {classes[1]} test classes "
+            f"of {name}, but both need two: get the whole set"
         )
 
     single = int((torch.bincount(train.labels) == 1).sum())
@@ -160,10 +179,11 @@ def load(name, root):
     return train, test
 
 
-def load_splits(args):
+def load_splits(args, download=True):
     """The training, validation and test Splits of a run; validation may be None.
 
-    Uses the options `dataset`, `data_root` and `val_fraction` of `args`.
+    Uses the options `dataset`, `data_root` and `val_fraction` of `args`. Unless `download`
+    is False, a data set that is missing is downloaded.
     """
     rank, world = processes()
 
@@ -172,7 +192,7 @@ def load_splits(args):
     if rank > 0:
         with clear_errors("waiting for the first process", "its own message says why"):
             dist.barrier()
-    train, test = load(args.dataset, args.data_root)
+    train, test = load(args.dataset, args.data_root, download)
     if rank == 0 and world > 1:
         dist.barrier()
 
@@ -191,6 +211,13 @@ def class_range(split, first, last):
         class_names=split.class_names[first:last],
         ambiguity=None if split.ambiguity is None else split.ambiguity[chosen],
     )
+
+
+def without_empty_classes(split):
+    """The Split without the classes that have no image."""
+    classes, labels = split.labels.unique(return_inverse=True)
+    names = [split.class_names[c] for c in classes]
+    return split._replace(labels=labels, class_names=names)
 
 
 def halves(split):
@@ -220,11 +247,10 @@ def hold_out(split, fraction):
 
 # ----------------------------------------------------------------------------- readers
 
-# `root` is --data_root, `base` the folder of one data set.
+# `root` is --data_root, `base` the folder of one data set, which is there already.
 
-def load_cub200(root):
+def load_cub200(base):
     """CUB200-2011, from three lists that are joined by their ids."""
-    base = find_or_fetch(root, CUB_URL, CUB_MD5, "CUB_200_2011", "images.txt")
     class_names = dict(read_table(base / "classes.txt", 2))  # by class id
     paths = dict(read_table(base / "images.txt", 2))  # by image id
     class_of_image = dict(read_table(base / "image_class_labels.txt", 2))
@@ -315,10 +341,8 @@ def read_mat(path, variable, *fields):
         ) from None
 
 
-def load_sop(root):
+def load_sop(base):
     """Stanford Online Products, split by its own two lists."""
-    folder = "Stanford_Online_Products"
-    base = find_or_fetch(root, SOP_URL, SOP_MD5, folder, "Ebay_train.txt")
     return read_sop(base, "Ebay_train.txt"), read_sop(base, "Ebay_test.txt")
 
 
@@ -336,88 +360,147 @@ def read_sop(base, name):
 def load_folder(root):
     """One's own photographs, in a sub-folder for each class.
 
-    Classes are sorted by name. Pictures in no sub-folder are left out; a sub-folder without
-    a picture is left out with a warning. Raises UserError where there are fewer than two
-    classes.
+    Classes are sorted by name. Pictures in no sub-folder are left out with a warning.
+    Raises UserError where there are fewer than four classes, two to train and two to test.
     """
-    split = load_pictures(root)
-    for folder in sorted(Path(root).iterdir()):
-        is_class = folder.is_dir() and not folder.name.startswith(".")
-        if is_class and folder.name not in split.class_names:
-            warnings.warn(f"{folder} holds no image and is left out")
-
-    # Pictures in no sub-folder have the class "", which is sorted before all others.
-    if split.class_names[0] == "":
-        split = class_range(split, 1, len(split.class_names))
-    if len(split.class_names) < 2:
+    split = load_pictures(root, loose=False)
+    names = split.class_names
+    if len(names) < 4:
         raise UserError(
-            f"{root} holds {len(split.class_names)} class(es), "
-            "but training and test need at least one each: "
-            "give the folder that holds a sub-folder for each class"
+            f"{root} holds {len(names)} class(es), the sub-folder(s) {', '.join(names)}, "
+            "but four are needed, two to train and two to test: "
+            "give a folder that holds a sub-folder for each class"
         )
     return halves(split)
 
 
-def load_pictures(folder):
+def load_pictures(folder, loose=True):
     """A Split of all pictures below a folder, sorted by path, without hidden ones.
 
     A picture's class is the first folder of its path below `folder`, or "" if there is
-    none. Raises UserError where there is no picture.
+    none. Such loose pictures are left out if `loose` is False. Links are followed. Warns of
+    what is left out, and raises UserError where there is no picture.
     """
-    suffixes = Image.registered_extensions()
-    paths, classes = [], []
-    for path in sorted(Path(folder).rglob("*")):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if path.suffix.lower() in suffixes and not hidden and not path.is_dir():
-            paths.append(path)
-            classes.append(parts[0] if len(parts) > 1 else "")
+    # Some formats Pillow only writes.
+    formats = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN}
+    folder = Path(folder)
+    left_out = Counter()  # how many, by reason
+    unknown = Counter()  # files that are no pictures, by suffix
+    class_folders = set()
+    paths = []
+
+    for base, names in walk(folder, left_out):
+        if len(base.relative_to(folder).parts) == 1:
+            class_folders.add(base.name)
+        for path in [base / name for name in names if not name.startswith(".")]:
+            suffix = path.suffix.lower()
+            if not path.is_file():
+                left_out["broken link(s)"] += 1
+            elif suffix not in suffixes:
+                unknown[suffix or "no suffix"] += 1
+            elif base == folder and not loose:
+                left_out["picture(s) beside the class folders"] += 1
+            else:
+                paths.append(path)
+
+    paths.sort()
+    below = [path.relative_to(folder).parts for path in paths]
+    classes = [parts[0] if len(parts) > 1 else "" for parts in below]
+    common = ", ".join(suffix for suffix, _ in unknown.most_common(5))
+    left_out[f"file(s) that Pillow cannot read ({common})"] = unknown.total()
+    left_out["folder(s) without an image"] = len(class_folders - set(classes))
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n > 0)
 
     if not paths:
         raise UserError(
-            f"{folder} is no folder, or there is no image below it: "
-            "give a folder with images"
+            f"{folder} is no folder, or there is no image below it "
+            f"(left out: {reasons or 'nothing'}): "
+            "give a folder with images; to train, with a sub-folder for each class"
         )
+    if reasons:
+        warnings.warn(f"{folder}: left out {reasons}")
     names, labels = np.unique(classes, return_inverse=True)
     return Split(paths, torch.as_tensor(labels), names.tolist())
 
 
+def walk(folder, left_out):
+    """Yield each folder below `folder`, and itself, with the names of its files.
+
+    Hidden folders are passed over. Links are followed, but no folder is listed twice, so
+    that a link may lead in a circle. What is passed over is counted in `left_out`.
+    """
+    def note_unreadable(error):
+        left_out[f"folder(s) that cannot be read ({error.strerror})"] += 1
+
+    seen = {os.path.realpath(folder)}
+    for base, folders, names in os.walk(folder, onerror=note_unreadable, followlinks=True):
+        yield Path(base), names
+
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders.clear()  # os.walk goes on with what is put here
+        for name in visible:
+            target = os.path.realpath(os.path.join(base, name))
+            if target in seen:
+                left_out["link(s) to a folder that is listed already"] += 1
+            else:
+                seen.add(target)
+                folders.append(name)
+
+
 def read_table(path, columns):
     """The rows of a text file of space-separated columns; the last may hold spaces."""
-    lines = path.read_text().splitlines()
+    try:
+        # utf-8-sig skips the byte order mark that some editors put at the beginning.
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
     rows = [line.strip().split(None, columns - 1) for line in lines if line.strip()]
     if not rows or any(len(row) != columns for row in rows):
         raise UserError(
-            f"{path} is empty or does not have {columns} columns: "
+            f"{path} is missing, empty, no UTF-8 text or does not have {columns} columns: "
             "unpack the archive again"
         )
     return rows
 
 
+# A reader of one's own is added here. It gets the folder --data_root, and returns the
+# training and the test Split.
 LOADERS = {
+    "toy": lambda root: load_toy(),
     "cub200": load_cub200,
     "cars196": load_cars196,
     "sop": load_sop,
     "folder": load_folder,
 }
-DATASETS = ("toy", *LOADERS)
 
 
 # --------------------------------------------------------------------------- downloads
 
-CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
-CUB_MD5 = "97eceeb196236b17998738112f37df78"
+# Address, MD5 digest, the folder in it, a file in that folder.
+ARCHIVES = {
+    "cub200": (
+        "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+        "97eceeb196236b17998738112f37df78",
+        "CUB_200_2011",
+        "images.txt",
+    ),
+    "sop": (
+        "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+        "7f73d41a2f44250d4779881525aea32e",
+        "Stanford_Online_Products",
+        "Ebay_train.txt",
+    ),
+}
 CARS_IMAGES_MD5 = "d5c8f0aa497503f355e17dc7886c3f14"  # of car_ims.tgz
 CARS_LIST_MD5 = "b407c6086d669747186bd1d764ff9dbc"  # of cars_annos.mat
-SOP_URL = "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"
-SOP_MD5 = "7f73d41a2f44250d4779881525aea32e"
 
 
-def find_or_fetch(root, url, md5, folder, marker):
+def find_or_fetch(root, url, md5, folder, marker, may_download):
     """The folder that holds the file `marker`: `folder` below `root`, or `root` itself.
 
     Where neither does, the data set is downloaded and unpacked. Raises UserError for a
-    `folder` that is there without the file.
+    `folder` that is there without the file, and where a download is needed but not allowed.
     """
     root = Path(root)
     target = root / folder
@@ -432,8 +515,12 @@ def find_or_fetch(root, url, md5, folder, marker):
     archive = root / url.rsplit("/", 1)[1]
     if archive.exists():
         check_md5(archive, md5)
-    else:
+    elif may_download:
         download(url, archive, md5)
+    else:
+        raise UserError(
+            f"{folder} is not in {root}: give --data_root the folder that holds it"
+        )
     unpack(archive, folder)
     return target
 
@@ -654,24 +741,66 @@ def test_transform(size, augment):
 def read_image(source, transform=None):
     """A PIL image in RGB, from a path, a uint8 array (H, W) or a PIL image of any mode.
 
+    It is turned as its EXIF orientation says, and stands on white where it is transparent.
     A large JPEG file is decoded at a reduced size that suffices for `transform`, which
-    the caller applies afterwards. Raises UserError for a file that cannot be read.
+    the caller applies afterwards. Raises UserError for what cannot be read, and for pixels
+    of 32 bits, whose range is unknown.
     """
     try:
         if isinstance(source, np.ndarray):
             source = Image.fromarray(source)
         if isinstance(source, Image.Image):
-            return source.convert("RGB")
+            return to_rgb(source)
         with Image.open(source) as image:
             factor = reduction(transform, *image.size)
             if factor > 1:
                 # This has no effect on other formats than JPEG.
                 image.draft(None, (image.width // factor, image.height // factor))
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return to_rgb(image)
+    # For a damaged file Pillow raises errors of any kind.
+    except Exception as error:
         raise UserError(
-            f"{source} is not a readable image ({error}): replace or remove it"
+            f"{source} is not a readable image ({error}): "
+            "unpack the data again, or replace or remove a picture of your own"
         ) from None
+
+
+# How a picture is turned upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image):
+    """A PIL image with three channels of 8 bits, opaque and upright."""
+    image.load()
+    # ImageOps.exif_transpose would also write the other tags anew, and fail if one is broken.
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        turn = None
+
+    # Pillow would clip grey values of 16 bits, rather than scale them. Its PNG and PPM
+    # readers may give them the mode I.
+    is_scaled = image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode.startswith("I;16") or is_scaled:
+        grey = np.array(image)
+        grey[grey == image.info.get("transparency", -1)] = 65535
+        image = Image.fromarray((grey // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no known range, unlike 8 or 16 bits")
+
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 def reduction(transform, width, height):
@@ -733,7 +862,8 @@ class ClassBatches:
 
     def __iter__(self):
         # No epoch of one seed repeats one of another: no run has that many epochs.
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        seed = (self.seed * 1_000_003 + self.epoch) % 2 ** 63  # --seed may be a time stamp
+        rng = torch.Generator().manual_seed(seed)
         for _ in range(self.num_batches):
             batch = []
             num_pairs = self.batch_size // 2

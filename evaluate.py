@@ -60,18 +60,30 @@ import data
 from data import UserError, progress
 
 # How many entries of an (N, N) or (N, k) matrix are held at a time: 128 MiB in
-# float32. (k is the number of clusters.)
+# float32. Cosines in float64 are half as many. (k is the number of clusters.)
 CHUNK = 2**25
 
-# Cosines closer than this count as equal. In float32 the same cosine, computed at two
-# places of a matrix, can differ by nearly as much, and a network that maps all images
-# to one point must not be rewarded for such rounding errors.
-TIE = 1e-6
+# Up to this many images cosines are computed in float64. Beyond, that takes too long.
+FLOAT64_IMAGES = 16_384
+
+# Cosines closer than this count as equal. The same cosine, computed at two places of a
+# matrix, can differ by nearly as much, and a network that maps all images to one point
+# must not be rewarded for such rounding errors. 1e-6 is much in two dimensions, where
+# thousands of images lie closer together: hence float64.
+TIE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def full_precision(metric):
+    """A decorator: compute in float32 or float64, also inside torch.autocast."""
+    for device in ("cpu", "cuda"):
+        metric = torch.autocast(device, enabled=False)(metric)
+    return metric
 
 
 # ---------------------------------------------------------------------------- retrieval
 
 
+@full_precision
 def recall_at_k(embeddings, labels, ks):
     """How often is one of the k most similar images a positive? Returns {k: Recall@k}.
 
@@ -79,10 +91,11 @@ def recall_at_k(embeddings, labels, ks):
         Recall@k  = fraction of the queries q with ahead(q) < k
 
     So the N similarities of a query, which are cosines, need no sorting. For embeddings
-    (N, D) and labels (N,). A tie (up to TIE) counts against the query, so that a
-    network which maps all images to one point scores 0; with sorting it might score
-    100 %. Images alone in their class are not used as queries. Raises UserError if no
-    image has a positive.
+    (N, D) and labels (N,). A tie counts against the query, so that a network which maps
+    all images to one point scores 0; with sorting it might score 100 %. Up to 16,384
+    images cosines are computed in float64, and two tie if they differ by 1e-12 at most;
+    beyond, float32 stays float32, where they tie up to 1e-6. Images alone in their
+    class are not used as queries. Raises UserError if no image has a positive.
     """
     check_ks(ks)
     embeddings, labels = check(embeddings, labels, need_positives=True)
@@ -94,7 +107,7 @@ def recall_at_k(embeddings, labels, ks):
     for positives, negatives in chunks:
         best_positive = positives[:, :1]  # (B, 1)
         # In place, as ones and zeros in floats: adding up booleans is ten times slower.
-        at_least_as_similar = negatives.ge_(best_positive - TIE)  # (B, N)
+        at_least_as_similar = negatives.ge_(best_positive)  # (B, N)
         ahead.append(at_least_as_similar.sum(1))
     ahead = torch.cat(ahead)  # (number of queries,)
 
@@ -114,6 +127,7 @@ def map_at_r(embeddings, labels):
     return mean_average_precisions(embeddings, labels, [None])[0]
 
 
+@full_precision
 def mean_average_precisions(embeddings, labels, ks):
     """Do the positives come before the negatives? A list with mAP@k for each k of `ks`.
 
@@ -140,10 +154,10 @@ def mean_average_precisions(embeddings, labels, ks):
         largest_k = max(M if k is None else k for k in ks)
         top_negatives = negatives.topk(min(largest_k, negatives.shape[1])).values
 
-        # ahead: how many negatives are >= positive - TIE. The search wants ascending
-        # numbers, hence both sides with a minus sign.
-        j = torch.arange(1, M + 1, device=R.device)
-        ahead = torch.searchsorted(-top_negatives, -(positives - TIE), right=True)  # (B, M)
+        # ahead: how many negatives are >= positive. The search wants ascending numbers,
+        # hence both sides with a minus sign.
+        j = torch.arange(1, M + 1, dtype=torch.float32, device=R.device)
+        ahead = torch.searchsorted(-top_negatives, -positives, right=True)  # (B, M)
         position = j + ahead
 
         for i, k in enumerate(ks):
@@ -183,10 +197,12 @@ def partition_scores(clusters, labels):
     `clusters` and `labels` (N,) are each image's cluster and class. H is an entropy, P the
     number of pairs of images in one cluster, in one class, in both. F1 is the harmonic mean
     of the precision P(joint) / P(clusters) and the recall P(joint) / P(labels) (Song et al.
-    2016). Only combinations of cluster and class that occur are stored.
+    2016). Only combinations of cluster and class that occur are stored. Raises UserError
+    unless both are (N,) whole numbers.
     """
-    clusters = clusters.unique(return_inverse=True)[1]
-    labels = labels.unique(return_inverse=True)[1]
+    clusters = as_tensor(clusters)
+    clusters = check_labels(clusters, clusters)
+    labels = check_labels(labels, clusters)
     joint = clusters * (labels.max() + 1) + labels  # a number for each combination
 
     cluster_sizes = clusters.unique(return_counts=True)[1].double()
@@ -223,6 +239,7 @@ def partition_pairs(sizes):
 # --------------------------------------------------------------- structure of the space
 
 
+@full_precision
 def uniformity(embeddings):
     """How evenly do the embeddings (N, D) fill the sphere?
 
@@ -360,11 +377,13 @@ def mean_cosine_distance(sums, squares, n):
 # -------------------------------------------------------------------------- uncertainty
 
 
+@full_precision
 def uncertainty(embeddings, labels, ambiguity=None):
     """Does the norm of an embedding say how certain it is?
 
     Returns {name: number} and the rejection curve, for embeddings (N, D) that are not
-    normalised. An image is right if its nearest neighbour by cosine is of its class.
+    normalised. An image is right if its nearest neighbour, by the cosines of
+    `recall_at_k`, is of its class.
     Unlike in Recall@1 a tie is not counted against it, and an image alone in its class
     is wrong.
 
@@ -377,8 +396,8 @@ def uncertainty(embeddings, labels, ambiguity=None):
     """
     embeddings, labels = check(embeddings, labels)
     N = len(labels)
-    unit = F.normalize(embeddings, dim=1)
-    chunks = torch.arange(N, device=labels.device).split(max(1, CHUNK // N))
+    unit = unit_vectors(embeddings)
+    chunks = chunked(torch.arange(N, device=labels.device), unit)
     nearest = [cosines_to_others(unit, chunk).argmax(1) for chunk in chunks]
     nearest = torch.cat(nearest)  # (N,)
 
@@ -392,6 +411,11 @@ def uncertainty(embeddings, labels, ambiguity=None):
         wins = scipy.stats.mannwhitneyu(norm[right], norm[wrong]).statistic
         values["norm_auroc"] = float(wins) / float(right.sum() * wrong.sum())
     if ambiguity is not None:
+        ambiguity = full_floats(ambiguity)
+        if ambiguity.shape != (N,):
+            raise UserError(
+                f"{N} images need as many ambiguities, not {tuple(ambiguity.shape)}"
+            )
         clarity = 1 - ambiguity.cpu().numpy()
         values["norm_clarity"] = float(scipy.stats.spearmanr(norm, clarity).statistic)
 
@@ -415,17 +439,18 @@ def cosines_to_others(unit_embeddings, queries):
 def all_metrics(embeddings, labels, ks=(1, 2, 4, 8), seed=0):
     """Retrieval, clustering and structure of the space. Returns {name: number}.
 
-    For embeddings (N, D), which are L2-normalised first, and labels (N,). `seed` is
-    that of k-means.
+    For embeddings (N, D), which are L2-normalised, and labels (N,). `seed` is that of
+    k-means.
     """
     embeddings, labels = check(embeddings, labels)
-    embeddings = F.normalize(embeddings, dim=1)
 
     recall = recall_at_k(embeddings, labels, ks)
     metrics = {f"recall@{k}": value for k, value in recall.items()}
     map_1000, map_r = mean_average_precisions(embeddings, labels, [1000, None])
     metrics["map@1000"] = map_1000
     metrics["map@r"] = map_r
+
+    embeddings = F.normalize(embeddings, dim=1)
     metrics.update(clustering(embeddings, labels, seed))
     metrics["uniformity"] = uniformity(embeddings)
     metrics["spectral_decay"] = spectral_decay(embeddings)
@@ -443,7 +468,8 @@ def positives_and_negatives(embeddings, labels, what):
     Yields, for each chunk of B queries,
         positives (B, M)   the most similar one first; -inf after a query's last one
         negatives (B, N)   in the images' order; -inf where an image is not a negative
-    where M is the largest number of positives in the chunk. The cosine of a zero vector
+    where M is the largest number of positives in the chunk. The positives' cosines are
+    lowered by TIE, so that ties count against the query. The cosine of a zero vector
     and any other is 0. Images alone in their class are not used as queries, which a
     warning tells. `what` names the pass in the line that shows its progress.
     """
@@ -459,8 +485,8 @@ def positives_and_negatives(embeddings, labels, what):
             f"{N - len(queries)} of {N} images are alone in their class: no queries"
         )
 
-    unit = F.normalize(embeddings, dim=1)
-    chunks = queries.split(max(1, CHUNK // N))
+    unit = unit_vectors(embeddings)
+    chunks = chunked(queries, unit)
     for query in progress(chunks, len(chunks), what):
         # A row for each query: the images of its class. All rows are as long as the
         # largest class; in the row of a smaller one, images of other classes follow.
@@ -476,21 +502,38 @@ def positives_and_negatives(embeddings, labels, what):
 
         similarities = unit[query] @ unit.T  # (B, N)
         positives = similarities.gather(1, member).masked_fill(not_positive, -math.inf)
+        positives -= TIE[unit.dtype]
         negatives = similarities.scatter_(1, member, -math.inf)
 
         # Once sorted, each row ends with a -inf, that of the query itself: leave it out.
         yield positives.sort(dim=1, descending=True).values[:, :-1], negatives
 
 
+def unit_vectors(embeddings):
+    """Unit vectors (N, D), in float64 for up to FLOAT64_IMAGES; zero vectors stay zero."""
+    if len(embeddings) <= FLOAT64_IMAGES:
+        embeddings = embeddings.double()
+    return F.normalize(embeddings, dim=1)
+
+
+def chunked(queries, unit):
+    """`queries` in parts whose cosines to all images take 4 CHUNK bytes each."""
+    row_bytes = len(unit) * unit.element_size()
+    return queries.split(max(1, 4 * CHUNK // row_bytes))
+
+
 # ----------------------------------------------------------- how k-means finds clusters
 
 
+@full_precision
 def k_means(embeddings, k, seed=0, iterations=100):
     """Clusters (N,), 0 .. k-1, of points (N, D) by k-means++ and Lloyd's algorithm.
 
     Each point goes to the nearest centre, then each centre to the mean of its points,
     until nothing changes or `iterations` are done.
     """
+    check_ks([k])
+    embeddings = check_embeddings(embeddings)
     # Centring keeps the distances, and ||x||^2 - 2 x.c + ||c||^2 then loses fewer
     # digits.
     x = embeddings - embeddings.mean(0)
@@ -557,20 +600,17 @@ def nearest_centres(x, squared_norm, centres):
 # -------------------------------------------------------------- what the metrics accept
 
 
-def check(embeddings, labels, need_positives=False):
-    """Convert the embeddings as `check_embeddings` does, and renumber the labels (N,).
+# All take tensors, arrays or lists, of any integer or floating-point type.
 
-    Labels become 0 .. C - 1, on the embeddings' device. Raises UserError for labels
-    that are not (N,) whole numbers and, with `need_positives`, where no class has two
+
+def check(embeddings, labels, need_positives=False):
+    """Convert embeddings (N, D) and labels (N,) as `check_embeddings`, `check_labels` do.
+
+    Raises UserError where these do and, with `need_positives`, where no class has two
     images.
     """
     embeddings = check_embeddings(embeddings)
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-        raise UserError(
-            f"{len(embeddings)} embeddings need as many integer labels, "
-            f"not {labels.dtype} {tuple(labels.shape)}"
-        )
-    labels = labels.to(embeddings.device).unique(return_inverse=True)[1]
+    labels = check_labels(labels, embeddings)
     if need_positives and labels.bincount().max() < 2:
         raise UserError(
             "no class has two images, so there is nothing to compare: "
@@ -584,6 +624,7 @@ def check_embeddings(embeddings):
 
     Raises UserError unless there are at least two, and all of them are finite.
     """
+    embeddings = full_floats(embeddings)
     if embeddings.dim() != 2 or embeddings.shape[0] < 2 or embeddings.shape[1] < 1:
         raise UserError(
             f"embeddings of shape {tuple(embeddings.shape)} cannot be evaluated: "
@@ -595,13 +636,47 @@ def check_embeddings(embeddings):
             f"{broken} of {len(embeddings)} embeddings hold NaN or infinity: "
             "the training diverged, try a smaller learning rate"
         )
-    precision = torch.promote_types(embeddings.dtype, torch.float32)
-    return embeddings.detach().to(precision)
+    return embeddings
+
+
+def check_labels(labels, images):
+    """Renumber labels (N,) as 0 .. C - 1, on the device of `images` (N, ...).
+
+    Raises UserError unless there is a whole number for each image.
+    """
+    labels = as_tensor(labels)
+    N = images.shape[:1].numel()
+    if labels.shape != (N,) or not torch.can_cast(labels.dtype, torch.int64):
+        raise UserError(
+            f"{N} images need as many integer labels, "
+            f"not {labels.dtype} {tuple(labels.shape)}"
+        )
+    return labels.to(images.device).long().unique(return_inverse=True)[1]
+
+
+def full_floats(values):
+    """Numbers as a tensor without gradient, in float64 if they are, else in float32."""
+    values = as_tensor(values)
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def as_tensor(values):
+    """A tensor, an array or a list as a tensor without gradient."""
+    try:
+        if not torch.is_tensor(values):
+            # Copied, as torch takes no array that runs backwards.
+            values = torch.from_numpy(np.array(values))
+        return values.detach()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{type(values).__name__} cannot be evaluated ({error}): "
+            "give a tensor, an array or a list of numbers"
+        ) from None
 
 
 def check_ks(ks):
     """Raise UserError unless all k of Recall@k or mAP@k are positive whole numbers."""
-    if any(not isinstance(k, int) or k < 1 for k in ks):
+    if any(not isinstance(k, (int, np.integer)) or k < 1 for k in ks):
         raise UserError(
             f"k = {list(ks)} cannot be evaluated: give positive whole numbers"
         )
@@ -640,6 +715,7 @@ def add_border(image, colour):
     return framed
 
 
+@full_precision
 def save_retrieval(
     path, load_image, embeddings, labels, num_queries=10, neighbours=5, seed=0
 ):
@@ -651,7 +727,7 @@ def save_retrieval(
     one.
     """
     embeddings, labels = check(embeddings, labels, need_positives=True)
-    embeddings = F.normalize(embeddings, dim=1)
+    unit = unit_vectors(embeddings)
 
     possible = (labels.bincount()[labels] > 1).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
@@ -659,7 +735,7 @@ def save_retrieval(
     queries = possible[order[:num_queries]]  # (Q,)
 
     neighbours = min(neighbours, len(labels) - 1)
-    nearest = cosines_to_others(embeddings, queries).topk(neighbours).indices
+    nearest = cosines_to_others(unit, queries).topk(neighbours).indices
 
     tiles = []
     for query, found in zip(queries.tolist(), nearest.tolist()):
@@ -808,9 +884,14 @@ def read_run(folder):
         for name, value in json.loads(file.read_text())["last"].items():
             run.numbers[name] = float(value)
     except Exception as error:  # a file that somebody changed fails in any way
+        # Perhaps it is a folder of runs, or a file of one.
+        runs = [*folder.glob("*/**/results.json"), *folder.parent.glob("results.json")]
+        example = min(runs).parent if runs else "runs/NAME-seed0"
+        pattern = re.sub(r"\d+$", "*", str(example))
         raise UserError(
             f"{folder} is no finished run, as its {file.name} is missing or broken "
-            f"({type(error).__name__}): leave it out"
+            f"({type(error).__name__}): leave it out, or give folders of runs, "
+            f"such as {pattern}"
         ) from None
     return run
 
@@ -962,6 +1043,8 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--workers", type=common.not_negative(int),
         help="number of processes that load images (default: as in the run)")
+    add("--allow_trained_classes", action="store_true",
+        help="evaluate although some of the test classes were trained")
     add("--embeddings", metavar="FILE.npz",
         help="write the test images' embeddings, labels, class_names, paths and norms")
     add("--images", metavar="FOLDER",
@@ -987,6 +1070,7 @@ def check_contradictions(parser, options):
     needed_by = {
         "data_root": "checkpoint",
         "pictures": "checkpoint",
+        "allow_trained_classes": "checkpoint",
         "embeddings": "checkpoint",
         "images": "embeddings",
         "baseline": "compare",
@@ -1053,21 +1137,44 @@ def embed_images(options, checkpoint):
     if options.images:
         split = data.load_pictures(options.images)
     else:
-        _, _, split = data.load_splits(args)
+        train, _, split = data.load_splits(args, download=False)
+        check_test_classes(options, checkpoint, train.class_names, split.class_names)
     network = common.build_network(args, checkpoint, device)
     return args, split, common.embed(network, split, args, device)
+
+
+def check_test_classes(options, checkpoint, train_names, test_names):
+    """Raise UserError where test classes were trained, unless that is allowed.
+
+    The names are those of the data set as it is now. A warning tells where a trained
+    class is not among them.
+    """
+    trained = set(checkpoint.get("class_names", []))
+    both = sorted(trained.intersection(test_names))
+    gone = sorted(trained.difference(test_names, train_names))
+    if both and not options.allow_trained_classes:
+        raise UserError(
+            f"{len(both)} of {len(test_names)} test classes were trained "
+            f"({', '.join(both[:3])}), as the data set has changed since: restore it, or "
+            "give --allow_trained_classes"
+        )
+    unknown = f"{len(gone)} trained classes ({', '.join(gone[:3])}) are gone or renamed"
+    if not trained:
+        unknown = f"{options.checkpoint} does not name its training classes"
+    if gone or not trained:
+        warnings.warn(f"{unknown}: whether test classes were trained cannot be checked")
 
 
 def save_embeddings(path, embeddings, split):
     """Write an .npz file of embeddings, labels, class_names, paths and norms.
 
-    An image of the toy data has no path; its number stands there instead.
+    An image without a file, as those of the toy data, has its number instead of a path.
     """
     import common
 
     paths = []
     for i, image in enumerate(split.images):
-        paths.append(str(i) if isinstance(image, np.ndarray) else str(image))
+        paths.append(str(image if isinstance(image, (str, os.PathLike)) else i))
     embeddings = embeddings.float()
     arrays = {
         "embeddings": embeddings.cpu().numpy(),

@@ -14,7 +14,7 @@ log-likelihood, which is, up to a constant,
 It is added to any proxy loss, and needs no pairs of samples. The official code minimises
 mean_i exp(...) of the same terms instead: see the class `NIR`.
 
-In reading order: precision; three proxy losses; the flow; the proxy loss with NIR; the
+In reading order: precision; three proxy losses; the flow; the proxy loss with NIR; checks; the
 settings; main.
 
     python nir.py --dataset toy                          built-in characters, minutes on a laptop
@@ -60,7 +60,8 @@ from torch import nn
 def full_precision(function):
     """Make a function compute in float32, even under autocast or with half-precision arguments.
 
-    float64 stays float64.
+    float64 stays float64. Parameters are not cast: a module whose parameters have another
+    precision than its arguments then have raises ValueError.
     """
 
     def full(value):
@@ -72,8 +73,11 @@ def full_precision(function):
         args = [full(value) for value in args]
         kwargs = {name: full(value) for name, value in kwargs.items()}
         tensors = filter(torch.is_tensor, [*args, *kwargs.values()])
-        device = next(tensors).device
-        with torch.autocast(device.type, enabled=False):
+        floats = [value for value in tensors if value.is_floating_point()]
+        if floats and args and isinstance(args[0], nn.Module):
+            check_precision(args[0], floats[0])
+        device = floats[0].device.type if floats else "cpu"
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped
@@ -105,11 +109,13 @@ class ProxyNCA(nn.Module):
 
     def __init__(self, num_classes, dim, temperature=1 / 9):
         super().__init__()
+        check_positive("temperature", temperature)
         self.proxies = initial_proxies(num_classes, dim)
         self.temperature = temperature
 
     @full_precision
     def forward(self, embeddings, labels):
+        labels = check_batch(embeddings, labels, *self.proxies.shape)
         s = cosines(embeddings, self.proxies)           # (B, C)
         squared_distance = 2 - 2 * s                    # of unit vectors
         return F.cross_entropy(-squared_distance / self.temperature, labels)
@@ -129,11 +135,13 @@ class ProxyAnchor(nn.Module):
 
     def __init__(self, num_classes, dim, margin=0.1, alpha=32.0):
         super().__init__()
+        check_positive("alpha", alpha)
         self.proxies = initial_proxies(num_classes, dim)
         self.margin, self.alpha = margin, alpha
 
     @full_precision
     def forward(self, embeddings, labels):
+        labels = check_batch(embeddings, labels, *self.proxies.shape)
         num_classes = len(self.proxies)
         s = cosines(embeddings, self.proxies)           # (B, C)
         positive = F.one_hot(labels, num_classes).bool()
@@ -169,6 +177,10 @@ class SoftTriple(nn.Module):
 
     def __init__(self, num_classes, dim, centers=10, la=20.0, gamma=0.1, margin=0.01, tau=0.2):
         super().__init__()
+        check_at_least("centers", centers, 1)
+        check_positive("la", la)
+        check_positive("gamma", gamma)
+        check_at_least("tau", tau, 0)
         self.proxies = initial_proxies(num_classes, centers, dim)
         self.la, self.gamma = la, gamma
         self.margin, self.tau = margin, tau
@@ -176,6 +188,7 @@ class SoftTriple(nn.Module):
     @full_precision
     def forward(self, embeddings, labels):
         C, K, D = self.proxies.shape
+        labels = check_batch(embeddings, labels, C, D)
         w = F.normalize(self.proxies, dim=-1)           # (C, K, D)
         s = F.normalize(embeddings) @ w.view(C * K, D).T
         s = s.view(-1, C, K)                            # (B, C K) -> (B, C, K)
@@ -288,6 +301,10 @@ class GlowFlow(nn.Module):
             raise ValueError(
                 f"dim {dim} is too small: a coupling flow needs at least two dimensions to split"
             )
+        check_at_least("num_blocks", num_blocks, 1)
+        check_at_least("depth", depth, 1)
+        check_at_least("width", width, 1)
+        self.dim = dim
         self.blocks = nn.ModuleList()
         for i in range(num_blocks):
             self.blocks.append(Coupling(dim, cond_dim, depth, width, clamp, seed=i))
@@ -295,6 +312,8 @@ class GlowFlow(nn.Module):
     @full_precision
     def forward(self, psi, rho):
         """psi, rho -> zeta = tau^-1(psi | rho) (B, dim), log|det J| (B,)."""
+        if psi.shape[1:] != (self.dim,):
+            raise ValueError(f"psi must be (B, {self.dim}), not {tuple(psi.shape)}")
         zeta = psi
         log_det = psi.new_zeros(len(psi))
         for block in self.blocks:
@@ -324,6 +343,8 @@ class GlowFlow(nn.Module):
 
 # ---------------------------------------------------------------------- the proxy loss with NIR
 
+FORMS = ("nll", "exp")
+
 
 class NIR(nn.Module):
     """A proxy loss with the NIR term: proxy_weight * L_proxy + nir_weight * L_NIR.
@@ -349,6 +370,9 @@ class NIR(nn.Module):
     def __init__(self, proxy_loss, dim, form="nll", nir_weight=1.0, proxy_weight=1.0,
                  proxy_lr=0.04, flow_lr=5e-4):
         super().__init__()
+        check_choice("form", form, FORMS)
+        check_at_least("nir_weight", nir_weight, 0)
+        check_at_least("proxy_weight", proxy_weight, 0)
         self.proxy_loss = proxy_loss
         self.form = form
         self.nir_weight, self.proxy_weight = nir_weight, proxy_weight
@@ -369,7 +393,9 @@ class NIR(nn.Module):
 
     def own_proxies(self, psi, labels):
         """rho (B, D), the normalised proxy of each sample's class: the nearest, if several."""
-        rho = F.normalize(self.proxy_loss.proxies, dim=-1)[labels]
+        proxies = self.proxy_loss.proxies
+        labels = check_batch(psi, labels, len(proxies), proxies.shape[-1])
+        rho = F.normalize(proxies, dim=-1)[labels]
         if rho.dim() == 2:
             return rho
         cosine = (rho @ psi.unsqueeze(2)).squeeze(2)                    # (B, K)
@@ -411,6 +437,71 @@ class NIR(nn.Module):
         }
 
 
+# ------------------------------------------------------------------------------------ the checks
+# Shared with prob_dml.py and objectives.py. Each raises an error of one sentence.
+
+
+def check_precision(module, x):
+    """The first matrix stands for all. Vectors are not asked: it is products that do not mix."""
+    matrix = next((weight for weight in module.parameters() if weight.dim() > 1), x)
+    if matrix.dtype != x.dtype:
+        raise ValueError(f"{type(module).__name__} is given {x.dtype}, but its parameters are "
+                         f"{matrix.dtype}: cast one of the two, to float32 or float64")
+
+
+def check_batch(embeddings, labels, num_classes=None, dim=None):
+    """Check embeddings (B, D) and labels (B,) of any integer type; return the labels as int64.
+
+    As they are, uint8 labels would index like a mask. Raises TypeError for other things than
+    tensors, ValueError for other shapes, for labels that are not integers, and on the CPU for
+    labels outside 0 .. C-1. On a GPU, looking at them would wait for the device in every step:
+    there they become C, at which the kernels stop.
+    """
+    if not (torch.is_tensor(embeddings) and torch.is_tensor(labels)):
+        raise TypeError("embeddings and labels must be tensors: use torch.from_numpy on arrays")
+    fits = embeddings.dim() == 2 and dim in (None, embeddings.shape[1])
+    if not fits or labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"embeddings must be (B, {dim or 'D'}) and labels (B,), not "
+                         f"{tuple(embeddings.shape)} and {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, not {labels.dtype}: use labels.long()")
+    labels = labels.long()
+    if num_classes is None:
+        return labels
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.is_cpu and outside.any():
+        raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, not {labels.min()} .. "
+                         f"{labels.max()}")
+    # As it is, -1 would count from the end, and cross_entropy would leave out -100.
+    return labels.masked_fill(outside, num_classes)
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_at_least(name, value, least, below=math.inf):
+    if not least <= value < below:
+        limit = f" and below {below:.4g}" if below < math.inf else ""
+        raise ValueError(f"{name} must be at least {least}{limit}, not {value}")
+
+
+def check_positive(name, value):
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0 and finite, not {value}")
+
+
+def refuse(args, options, run):
+    """UserError if one of the options is given, though it means nothing to a run."""
+    from data import UserError
+
+    for option in options:
+        value = getattr(args, option)
+        if value is not None:
+            raise UserError(f"--{option} {value} means nothing to {run}: leave it out")
+
+
 # ---------------------------------------------------------------------------------- the settings
 # The defaults of options that are not given: one row for each kind of run, whatever D is.
 #
@@ -447,6 +538,8 @@ def preset(args):
 
     args.weights is "none" by default for conv4, which is toy's network.
     """
+    if args.nir_weight == 0:
+        refuse(args, ("nir_form", "flow_lr"), "--nir_weight 0, which has no flow")
     if args.weights == "none":
         run = "toy" if args.dataset == "toy" else "scratch"
     else:
@@ -465,7 +558,7 @@ def make_parser():
     not_negative = common.not_negative(float)
     add("--loss", choices=LOSSES, default="proxyanchor",
         help="The proxy loss. Default: proxyanchor.")
-    add("--nir_form", choices=("nll", "exp"),
+    add("--nir_form", choices=FORMS,
         help="The NIR term: nll is the paper's, exp the official code's. Default: the preset's.")
     add("--nir_weight", type=not_negative,
         help="Weight of the NIR term; 0 is the baseline without NIR. Default: the preset's.")

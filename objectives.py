@@ -46,7 +46,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nir import full_precision  # compute in float32, also under autocast
+# full_precision: compute in float32, also under autocast.
+from nir import check_at_least, check_batch, check_choice, check_positive, cosines, full_precision
 
 # ------------------------------------------------------------------------------ ranking losses
 # forward(embeddings (B, D), labels (B,)) gives the loss, a scalar. Triplet and Margin
@@ -79,17 +80,26 @@ class Ranking(nn.Module):
     each triplet in Margin. A summand is never negative. One that is 0 has no gradient: it
     has nothing more to teach. forward and diagnostics take the arguments of `summands`.
 
-    Margin adds nu beta_a and divides by another number, and GenLifted adds a penalty.
+    Margin adds nu beta_a and divides by another number, and GenLifted adds a penalty. The loss
+    is nan if an embedding is not finite, which comparisons and miners may pass over.
     """
 
+    num_classes = None                  # labels may be any integers, except in Margin
+
     @full_precision
-    def forward(self, *batch, **named):
+    def forward(self, embeddings, labels, *triplets, **named):
+        labels = check_batch(embeddings, labels, self.num_classes)
+        value = self.value(embeddings, labels, *triplets, **named)
+        return torch.where(embeddings.isfinite().all(), value, math.nan)
+
+    def value(self, *batch, **named):
         summands = self.summands(*batch, **named)
         return summands.sum() / max(len(summands), 1)
 
-    def diagnostics(self, *batch):
+    def diagnostics(self, embeddings, labels, *triplets):
         """For the log: the fraction of summands above 0, or nan if there are none."""
-        active = self.summands(*batch) > 0
+        labels = check_batch(embeddings, labels, self.num_classes)
+        active = self.summands(embeddings, labels, *triplets) > 0
         return {"active": active.float().mean()}
 
 
@@ -137,6 +147,9 @@ class Margin(Ranking):
     def __init__(self, num_classes, margin=0.2, beta=1.2, nu=0.0, granularity="class"):
         super().__init__()
         shapes = {"global": (), "class": (num_classes,)}
+        check_choice("granularity", granularity, shapes)
+        if granularity == "class":
+            self.num_classes = num_classes
         self.beta = nn.Parameter(torch.full(shapes[granularity], float(beta)))
         self.margin = margin
         self.nu = nu
@@ -159,8 +172,7 @@ class Margin(Ranking):
         push = F.relu(beta_a - d_an + self.margin)
         return torch.stack([pull, push])
 
-    @full_precision
-    def forward(self, embeddings, labels, triplets):
+    def value(self, embeddings, labels, triplets):
         summands = self.summands(embeddings, labels, triplets)
         beta_a = self.boundaries(labels, triplets)
         total = summands.sum() + self.nu * beta_a.sum()
@@ -231,6 +243,7 @@ class GenLifted(Ranking):
 
     def __init__(self, alpha=1.0, weight=0.005):
         super().__init__()
+        check_at_least("weight", weight, 0)
         self.alpha = alpha
         self.weight = weight
 
@@ -244,9 +257,8 @@ class GenLifted(Ranking):
         has_positive = positives.any(1)
         return F.relu(J)[has_positive]
 
-    @full_precision
-    def forward(self, embeddings, labels):
-        loss = super().forward(embeddings, labels)
+    def value(self, embeddings, labels):
+        loss = super().value(embeddings, labels)
         length = embeddings.norm(dim=1).mean()
         return loss + self.weight * length
 
@@ -266,6 +278,8 @@ class MultiSimilarity(Ranking):
 
     def __init__(self, alpha=2.0, beta=40.0, threshold=0.5, epsilon=0.1):
         super().__init__()
+        check_positive("alpha", alpha)
+        check_positive("beta", beta)
         self.alpha = alpha
         self.beta = beta
         self.threshold = threshold
@@ -323,15 +337,17 @@ def sample_column(weights, generator):
     the same, but refuses T = 0.
     """
     u = torch.rand(weights.shape, device=weights.device, generator=generator)
+    u.clamp_(min=torch.finfo(u.dtype).tiny)     # at 0, a chosen column would tie with weight 0
     inverse_time = weights / -u.log()
     return inverse_time.argmax(1)
 
 
-def choose_positives(labels, generator):
+def choose_positives(embeddings, labels, generator):
     """Take as anchors all images that have a positive and a negative; choose a positive for each.
 
     Returns a (T,), p (T,), and the anchors' rows N_a of the mask of negatives, (T, B).
     """
+    labels = check_batch(embeddings, labels)
     positives, negatives = pair_masks(labels)
     has_triplet = positives.any(1) & negatives.any(1)
     a = has_triplet.nonzero().squeeze(1)
@@ -344,7 +360,7 @@ def mine_random(embeddings, labels, generator=None):
 
     Revisiting draws from the list of all triplets instead.
     """
-    a, p, negatives = choose_positives(labels, generator)
+    a, p, negatives = choose_positives(embeddings, labels, generator)
     n = sample_column(negatives, generator)
     return a, p, n
 
@@ -355,7 +371,7 @@ def mine_semihard(embeddings, labels, margin=0.2, generator=None):
     n is uniform in {n in N_a: d_ap < d_an < d_ap + margin}, or in N_a if that is empty. The
     idea is FaceNet's, which compares d^2. Here d is compared, as in Revisiting's code.
     """
-    a, p, negatives = choose_positives(labels, generator)
+    a, p, negatives = choose_positives(embeddings, labels, generator)
     d = distances(embeddings)[a]                                  # (T, B)
     d_ap = d.gather(1, p.unsqueeze(1))                            # (T, 1)
     semihard = negatives & (d > d_ap) & (d < d_ap + margin)
@@ -370,7 +386,7 @@ def mine_nearest(embeddings, labels, generator=None):
     n = argmin {d_an: n in N_a, d_an > d_ap}. If no negative is beyond the positive, n is the
     farthest in N_a.
     """
-    a, p, negatives = choose_positives(labels, generator)
+    a, p, negatives = choose_positives(embeddings, labels, generator)
     d = distances(embeddings)[a]                                  # (T, B)
     d_ap = d.gather(1, p.unsqueeze(1))                            # (T, 1)
     beyond = negatives & (d > d_ap)
@@ -394,6 +410,7 @@ def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
     no negative is nearer than `upper`, the row is uniform over N_a; if there is no negative
     at all, it is zero. From the same paper as Margin.
     """
+    labels = check_batch(embeddings, labels)
     _, negatives = pair_masks(labels)
     d = distances(embeddings)
     D = embeddings.shape[1]
@@ -417,7 +434,7 @@ def distance_probabilities(embeddings, labels, lower=0.5, upper=1.4):
 
 def mine_distance(embeddings, labels, lower=0.5, upper=1.4, generator=None):
     """Negatives at all distances alike: n follows `distance_probabilities`."""
-    a, p, _ = choose_positives(labels, generator)
+    a, p, _ = choose_positives(embeddings, labels, generator)
     probabilities = distance_probabilities(embeddings, labels, lower, upper)
     n = sample_column(probabilities[a], generator)
     return a, p, n
@@ -450,14 +467,16 @@ class ClassVectors(nn.Module):
 
     def cosine(self, embeddings):
         """cos(theta_ic), (B, C)."""
-        return F.normalize(embeddings) @ F.normalize(self.proxies).T
+        return cosines(embeddings, self.proxies)
 
     @full_precision
     def forward(self, embeddings, labels):
+        labels = check_batch(embeddings, labels, *self.proxies.shape)
         return F.cross_entropy(self.logits(embeddings, labels), labels)
 
     def diagnostics(self, embeddings, labels):
         """For the log: the mean angle theta_iy to the own class, in degrees."""
+        labels = check_batch(embeddings, labels, *self.proxies.shape)
         own_cosine = self.cosine(embeddings).gather(1, labels.unsqueeze(1))
         return {"own_angle": own_cosine.clamp(-1, 1).acos().rad2deg().mean()}
 
@@ -483,6 +502,7 @@ class NormSoftmax(ClassVectors):
 
     def __init__(self, num_classes, dim, temperature=0.05):
         super().__init__(num_classes, dim)
+        check_positive("temperature", temperature)
         self.temperature = temperature
 
     def logits(self, embeddings, labels):
@@ -567,6 +587,8 @@ class ArcFace(ClassVectors):
 
     def __init__(self, num_classes, dim, scale=16.0, margin=0.5):
         super().__init__(num_classes, dim)
+        check_positive("scale", scale)
+        check_at_least("margin", margin, 0, below=math.pi)
         self.scale = scale
         self.margin = margin
 
@@ -627,6 +649,8 @@ class Objective(nn.Module):
 
     def __init__(self, loss, miner=None, loss_lr=5e-4):
         super().__init__()
+        if miner is not None:
+            check_choice("miner", miner, MINERS)
         self.loss = loss
         self.miner = miner
         self.loss_lr = loss_lr

@@ -59,6 +59,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nir
+from nir import check_at_least, check_choice
 
 # ----------------------------------------------------------------------------- the distributions
 
@@ -68,8 +69,12 @@ def vmf_log_prob(z, mu, kappa):
 
         log p(z) = log C_D(kappa) + kappa mu . z
 
-    z and mu (..., D) are unit vectors, kappa (...) >= 0; they are broadcast together.
+    z and mu (..., D) are unit vectors, kappa (...) >= 0; they are broadcast together. Raises
+    ValueError if z and mu differ in D.
     """
+    if z.shape[-1] != mu.shape[-1]:
+        raise ValueError(f"a vMF takes z and mu (..., D), not {tuple(z.shape)} and "
+                         f"{tuple(mu.shape)}")
     cosine = (z * mu).sum(-1)
     return log_vmf_normalizer(kappa, z.shape[-1]) + kappa * cosine
 
@@ -148,23 +153,20 @@ def check_nivmf(z, mu, K):
         raise ValueError(f"a nivMF takes z (..., D), mu (C, D) and K (C, D), not {shapes}")
 
 
-def check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
 def unit_vectors(x):
     """x / ||x|| along the last axis. A zero vector gets the first axis, and no gradient."""
     norm = x.norm(dim=-1, keepdim=True)
     first_axis = torch.zeros_like(x)
     first_axis[..., 0] = 1
-    return torch.where(norm > 1e-12, x / norm.clamp_min(1e-12), first_axis)
+    # Asked this way round, nan stays nan.
+    return torch.where(norm <= 1e-12, first_axis, x / norm.clamp_min(1e-12))
 
 
 # ------------------------------------------------------------------------------ the similarities
 # How similar are images and classes? Each function takes embeddings (B, D), un-normalised, and
 # the classes' directions mu (C, D), with their kappa (C,) for vMFs or K (C, D) for nivMFs. It
-# gives (B, C), larger for more similar. p is an image's distribution, q a class's.
+# gives (B, C), larger for more similar, or ValueError for other shapes. p is an image's
+# distribution, q a class's.
 #
 # Between two vMFs all of them have a closed form. For nivMFs elk, bhattacharyya and kl take a
 # mean over samples of p, which all classes share. The loss divides a similarity by T. The
@@ -172,6 +174,14 @@ def unit_vectors(x):
 # which is 1 otherwise. For elk:
 #
 #     exact:     log mean_s q(z_s)          official:     T log mean_s q(z_s)^(1/T)
+
+
+def check_vmfs(embeddings, mu, kappa):
+    fits = mu.dim() == 2 and embeddings.shape[1:] == mu.shape[1:]
+    if not fits or kappa.shape != mu.shape[:1]:
+        shapes = f"{tuple(embeddings.shape)}, {tuple(mu.shape)} and {tuple(kappa.shape)}"
+        raise ValueError("a similarity to vMFs takes embeddings (B, D), mu (C, D) and one number "
+                         f"for each class (C,), not {shapes}")
 
 
 def elk_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0,
@@ -227,6 +237,7 @@ def vmf_product_kernel(embeddings, mu, kappa, r):
 
     The embedding, which is k1 mu1, is used as it is: a zero embedding needs no direction.
     """
+    check_vmfs(embeddings, mu, kappa)
     D = embeddings.shape[1]
     image_kappa = embeddings.norm(dim=1)                # (B,)
     natural = kappa.unsqueeze(1) * mu                   # k2 mu2, (C, D)
@@ -261,6 +272,7 @@ def kl_vmf(embeddings, mu, kappa):
 
         E_p[log q(z)] = log C_D(k2) + A_D(k1) k2 mu1 . mu2
     """
+    check_vmfs(embeddings, mu, kappa)
     entropy, A_by_kappa = image_entropy(embeddings)     # (B, 1)
     natural = kappa.unsqueeze(1) * mu                   # k2 mu2, (C, D)
     log_C_D = log_vmf_normalizer(kappa, mu.shape[1])    # (C,)
@@ -286,12 +298,14 @@ def loglik_nivmf(embeddings, mu, K, form="exact"):
 
     The official form is another formula here than in EL-nivMF.
     """
+    check_choice("form", form, FORMS)
     log_density = official_log_likelihood if form == "official" else nivmf_log_prob
     return log_density(unit_vectors(embeddings), mu, K)
 
 
 def loglik_vmf(embeddings, mu, kappa):
     """The classes' log densities at the image's mean direction, for vMFs."""
+    check_vmfs(embeddings, mu, kappa)
     natural = kappa.unsqueeze(1) * mu                   # k2 mu2, (C, D)
     log_C_D = log_vmf_normalizer(kappa, mu.shape[1])    # (C,)
     return log_C_D + unit_vectors(embeddings) @ natural.T
@@ -304,6 +318,7 @@ def cosine(embeddings, mu, kappa=None):
 
 def l2(embeddings, mu, length):
     """-||psi - rho||^2, where psi is not normalised and rho = length mu."""
+    check_vmfs(embeddings, mu, length)
     rho = length.unsqueeze(1) * mu                      # (C, D)
     dot = embeddings @ rho.T                            # (B, C)
     psi_squared = embeddings.square().sum(1, keepdim=True)  # (B, 1)
@@ -385,9 +400,7 @@ class ProbabilisticProxies(nn.Module):
 
     def forward(self, embeddings, labels, generator=None):
         """Loss of embeddings (B, D) with labels (B,) in 0 .. C-1, mean over the batch: a scalar."""
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(f"{tuple(embeddings.shape)} embeddings need one label each, not "
-                             f"{tuple(labels.shape)}")
+        labels = nir.check_batch(embeddings, labels, *self.proxies.shape)
         return F.cross_entropy(self.logits(embeddings, generator), labels)
 
     def logits(self, embeddings, generator=None):
@@ -433,14 +446,10 @@ class ProbabilisticProxies(nn.Module):
         The embeddings are not normalised. The proxy of a class without any stays as it is.
         Raises ValueError for other shapes or labels.
         """
-        C, D = self.proxies.shape
-        if labels.shape != embeddings.shape[:1] or embeddings.shape[1:] != (D,):
-            raise ValueError(f"warm_start takes embeddings (N, {D}) and labels (N,), not "
-                             f"{tuple(embeddings.shape)} and {tuple(labels.shape)}")
-        if len(labels) and not 0 <= labels.min() <= labels.max() < C:
-            raise ValueError(f"labels must lie in 0 .. {C - 1}, not {labels.min()} .. "
-                             f"{labels.max()}")
+        # Only once, so that the labels may be looked at on the CPU.
+        labels = nir.check_batch(embeddings, labels.cpu(), *self.proxies.shape)
         sums = torch.zeros_like(self.proxies)
+        labels = labels.to(sums.device)
         sums.index_add_(0, labels, embeddings.to(self.proxies))
         seen = labels.unique()
         self.proxies[seen] = self.stored_length * unit_vectors(sums[seen])
@@ -470,11 +479,6 @@ class ProbabilisticProxies(nn.Module):
         return {name: float(value) for name, value in values.items()}
 
 
-def check_at_least(name, value, least):
-    if not least <= value < math.inf:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-
-
 class Criterion(nn.Module):
     """The loss of a run: that of the classes' distributions, plus ProxyAnchor on their directions.
 
@@ -487,6 +491,7 @@ class Criterion(nn.Module):
     def __init__(self, proxies, proxyanchor_weight=0.0, proxy_lr=0.05, concentration_lr=0.2,
                  temperature_lr=0.002):
         super().__init__()
+        check_at_least("proxyanchor_weight", proxyanchor_weight, 0)
         self.proxies, self.proxyanchor_weight = proxies, proxyanchor_weight
         self.rates = {
             "proxies": proxy_lr,
@@ -566,7 +571,7 @@ def log_vmf_normalizer(kappa, dim):
     2.
     """
     log_C_D, _ = vmf_normalizer(kappa, dim)
-    return log_C_D.to(kappa.dtype)
+    return log_C_D.to(torch.result_type(kappa, 1.0))    # of integers floats
 
 
 def mean_resultant_length(kappa, dim):
@@ -575,7 +580,7 @@ def mean_resultant_length(kappa, dim):
     # A_D' = s + kappa s', where s = A_D / kappa, nearly cancel.
     kappa64 = kappa.double()
     _, A_by_kappa = vmf_normalizer(kappa64, dim)
-    return (kappa64 * A_by_kappa).to(kappa.dtype)
+    return (kappa64 * A_by_kappa).to(torch.result_type(kappa, 1.0))     # of integers floats
 
 
 def vmf_normalizer(kappa, dim):
@@ -907,12 +912,22 @@ SCRATCH = {
 }
 
 
+# Options that mean nothing to a kind of proxy, or to a metric.
+UNUSED = {
+    "vmf": ("form", "samples"),
+    "loglik": ("samples",),
+    "cosine": ("concentration_lr",),
+}
+
+
 def preset(args):
     """The row of a run, as a dictionary, with the kind of proxy and the form it takes."""
     proxy = args.proxy
     if proxy is None:
         proxy = "vmf" if args.metric in ("cosine", "l2") else "nivmf"
     cell = f"{args.metric}/{proxy}"
+    for word in (proxy, args.metric):
+        nir.refuse(args, UNUSED.get(word, ()), f"--metric {args.metric} --proxy {proxy}")
     if args.weights == "none":
         row = SCRATCH.get(cell) or SCRATCH[args.metric]
     elif cell == "elk/nivmf":

@@ -123,7 +123,8 @@ common.BACKBONES[ARCH] = lambda image_size: (EfficientNetLite0(), 1280, (0.5,) *
 
 def reading_code():
     """The source of what decides an image's pixels. Features made by another version are not taken."""
-    parts = data.read_image, data.reduction, data.train_transform, data.test_transform, EfficientNetLite0, Block, same
+    parts = (data.read_image, data.to_rgb, data.reduction, data.train_transform, data.test_transform,
+             EfficientNetLite0, Block, same)
     return "".join(inspect.getsource(part) for part in parts)
 
 
@@ -172,19 +173,19 @@ def use_features(views):
                 row = len(table["row"]) + row * views + seed % views
             return torch.from_numpy(table["features"][row].astype(np.float32)), self.split.labels[index]
 
-    def with_features(args):
+    def with_features(args, download=True):
         if args.arch != "efficientnet_lite0" or args.weights == "none" or args.dataset == "toy":
             raise UserError("tests/pretrained.py keeps features of --arch efficientnet_lite0 with --weights PATH, of photographs: "
                             "give these, and leave --dataset toy out")
         if vars(args).setdefault("views", views) != views:
             raise UserError(f"--views {views} contradicts the run, which has {args.views}: give that")
         whole = argparse.Namespace(**{**vars(args), "val_fraction": 0.0})
-        train, _, test = load_splits(whole)
+        train, _, test = load_splits(whole, download)
         table["row"] = {path: i for i, path in enumerate(train.images + test.images)}
         data.Images = real
         table["features"] = make_features(args, train, test, views)
         data.Images = Features
-        return load_splits(args)
+        return load_splits(args, download)
 
     real = data.Images
     data.load_splits = with_features
@@ -210,10 +211,8 @@ class ProxyAnchorByPosition(nir.ProxyAnchor):
         return paper - by_proxy + by_position
 
 
-nir.LOSSES["proxyanchor-positions"] = ProxyAnchorByPosition
-
-
 def main():
+    nir.LOSSES["proxyanchor-positions"] = ProxyAnchorByPosition
     scripts = {"nir.py": nir, "prob_dml.py": prob_dml, "objectives.py": objectives, "evaluate.py": evaluate}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="all other options are the script's", add_help=False)
     p.add_argument("script", choices=scripts)

@@ -1,10 +1,12 @@
-"""The network, the loop and its checkpoints; whole runs as a user starts them; every mistake in one sentence."""
+"""common.py: the network, the training protocol, checkpoints, mistakes, several processes."""
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,490 +15,648 @@ import sys
 import threading
 import time
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from conftest import (
+    REAL,
+    ROOT,
+    SMALL,
+    assert_same,
+    make_photos,
+    needs_real,
+    small_settings,
+    started,
+    train,
+)
 from PIL import Image
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import data
 import evaluate
 import nir
+import objectives
 import prob_dml
 from data import UserError
 
-ROOT = Path(__file__).parents[1]
-REAL = Path(os.environ.get("DML_TEST_DATA", "not given"))
-SMALL = ["--dataset", "folder", "--arch", "conv4", "--image_size", "16", "--embed_dim", "8", "--batch_size", "8",
-         "--workers", "0", "--device", "cpu"]
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Eight classes of five noisy one-coloured pictures."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = torch.Generator().manual_seed(0)
-    for c in range(8):
-        colour = torch.rand(3, 1, 1, generator=rng)
-        for i in range(5):
-            path = root / f"class{c}" / f"{i}.png"
-            path.parent.mkdir(exist_ok=True)
-            noisy = (colour + 0.1 * torch.randn(3, 20, 20, generator=rng)).clamp(0, 1)
-            torchvision.utils.save_image(noisy, path)
-    return root
+def read_json(path):
+    return json.loads(path.read_text())
 
 
-def run(*argv, script="nir.py", **options):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}, timeout=250, **options)
+def read_checkpoint(path):
+    return torch.load(path, weights_only=True)
 
 
-def train(photos, out, *argv, main=nir.main):
-    """A run in this process."""
-    main([*SMALL, "--data_root", str(photos), "--out", str(out), *map(str, argv)])
-    return torch.load(out / "last.pt", weights_only=True)
+def assert_same_runs(a, b):
+    for name in ("last.pt", "best.pt"):
+        assert_same(read_checkpoint(a / name), read_checkpoint(b / name))
+    assert_same(read_json(a / "results.json"), read_json(b / "results.json"))
 
 
-def started(monkeypatch, script, *argv):
-    """What a command line hands to common.train: settings, criterion, name of the run."""
-    caught = []
-    monkeypatch.setattr(common, "train", lambda *given: caught.extend(given))
-    script.main(list(argv))
-    return caught
+def write(path, content):
+    """Write bytes, or what torch.save can write; None is no file. Returns the path as a text."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    return str(path)
 
 
-def assert_same(a, b):
-    """Bit-identical, all the way down, but for the times and places of a run."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"seconds", "out", "resume", "workers"}:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif torch.is_tensor(a):
-        assert torch.equal(a, b)
-    else:
-        assert a == b or a != a and b != b                   # not a number in both
+@contextlib.contextmanager
+def refused(message):
+    """A UserError of one line is raised, in which the message is found."""
+    with pytest.raises(UserError, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
 
-# -------------------------------------------------------------------------------------------------------- network
 
-def test_resnet50_pools_torchvisions_features():
+def start(*argv, processes=1):
+    """Start a script, with torchrun if there are several processes."""
+    command = [sys.executable]
+    if processes > 1:
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
+        command += [*torchrun.split(), str(processes)]
+    return subprocess.Popen(
+        [*command, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A backbone of one's own, known as --arch tiny. One of its layers has a classifier's name."""
+
+    def make(image_size):
+        convolution = nn.Conv2d(3, 6, 5, stride=4)
+        layers = {"head": convolution, "norm": nn.BatchNorm2d(6), "pool": nn.AdaptiveAvgPool2d(1)}
+        return nn.Sequential(OrderedDict(layers)), 6
+
+    monkeypatch.setitem(common.BACKBONES, "tiny", make)
+    return make
+
+
+# ----------------------------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("pooling", ["average", "double"])
+def test_resnet50_pools_torchvisions_feature_maps(pooling):
     torch.manual_seed(0)
+    network = common.Network("resnet50", 7, pooling=pooling).eval()
     reference = torchvision.models.resnet50().eval()
-    features = torch.nn.Sequential(*list(reference.children())[:-2])
-    state = {key: value for key, value in reference.state_dict().items() if not key.startswith("fc.")}
-    x = torch.randn(2, 3, 64, 64)
-    for pooling in ("average", "double"):
-        network = common.Network("resnet50", 7, pooling=pooling, freeze_norm=True)
-        network.backbone.load_state_dict(state)
-        maps = features(x)
-        pooled = maps.mean((2, 3)) + (maps.amax((2, 3)) if pooling == "double" else 0)
-        torch.testing.assert_close(network.train()(x), network.embedding(pooled))
+    reference.fc = nn.Identity()
+    reference.load_state_dict(network.backbone.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    maps = nn.Sequential(*list(reference.children())[:-2])(images)
+    pooled = maps.mean((2, 3))
+    if pooling == "double":
+        pooled += maps.amax((2, 3))
+    torch.testing.assert_close(network(images), network.embedding(pooled))
 
 
-def test_conv4_is_four_blocks_of_64_channels():
+def test_conv4_has_four_blocks_of_64_channels():
     network = common.Network("conv4", 5, image_size=48)
-    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [m.out_channels for m in convolutions] == [64] * 4 and network.embedding.in_features == 64 * 3 * 3
+    convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    assert [part.out_channels for part in convolutions] == [64] * 4
+    assert network.embedding.in_features == 64 * 3 * 3
     assert network(torch.randn(2, 3, 48, 48)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_frozen_batchnorm_stays_frozen_and_the_other_does_not(freeze):
-    network = common.Network("conv4", 4, image_size=16, freeze_norm=freeze).train()
-    before = {k: v.clone() for k, v in network.state_dict().items() if "running" in k}
-    network(3 + torch.randn(8, 3, 16, 16))
-    after = network.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before) == freeze
+def test_batchnorm_is_frozen_with_pretrained_weights_alone(tmp_path):
+    state = common.Network("conv4", 8, 16).backbone.state_dict()
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    for weights, frozen in ((str(path), True), ("none", False)):
+        network = common.build_network(small_settings(weights=weights)).train()
+        network(3 + torch.randn(8, 3, 16, 16))
+        norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+        assert [norm.training for norm in norms] == [not frozen] * 4
+        for name, value in network.backbone.state_dict().items():
+            assert torch.equal(value, state[name]) or not frozen
+        assert torch.equal(norms[0].running_mean, torch.zeros(64)) == frozen
 
 
-def test_batchnorm_is_frozen_with_pretrained_weights_only(tmp_path):
-    state = torchvision.models.resnet50().state_dict()
-    torch.save(state, tmp_path / "weights.pth")
-    for weights, frozen in ((str(tmp_path / "weights.pth"), True), ("none", False)):
-        args = type("Args", (), dict(arch="resnet50", embed_dim=4, image_size=64, pooling="average", weights=weights))
-        network = common.build_network(args).train()
-        norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-        assert len(norms) == 53 and all(m.training != frozen for m in norms)
-        if frozen:
-            assert torch.equal(network.backbone.conv1.weight, state["conv1.weight"])
-            assert torch.equal(network.backbone.layer4[2].conv3.weight, state["layer4.2.conv3.weight"])
-
-
-def test_imagenet_weights_are_fetched_with_their_digest_checked(tmp_path, monkeypatch):
-    """Both through torchvision: the file, served from file://, has to match the digest in its name."""
-    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "x.pth")
-    digest = hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()[:8]
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    entry = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    network = common.Network("resnet50", 4)
-    for name, fits in ((f"resnet50-{digest}.pth", True), ("resnet50-00000000.pth", False)):
-        (tmp_path / name).write_bytes((tmp_path / "x.pth").read_bytes())
-        monkeypatch.setattr(type(entry), "url", (tmp_path / name).as_uri(), raising=False)
-        if fits:
-            common.load_weights(network, "imagenet")
-        else:
-            with pytest.raises(UserError, match="fetch resnet50-00000000.pth by hand and give --weights PATH"):
-                common.load_weights(network, "imagenet")
-
-
-@pytest.mark.parametrize("make, message", [
-    (lambda path: path.write_bytes(b"nothing"), "is not a checkpoint"),
-    (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "does not fit the network"),
-    (lambda path: torch.save([1, 2], path), "does not fit the network"),
-    (lambda path: None, "does not exist"),
+@pytest.mark.parametrize("statistics, mean, deviation", [
+    ([], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ([(0.5, 0.4, 0.3), (0.1, 0.2, 0.3)], [0.5, 0.4, 0.3], [0.1, 0.2, 0.3]),
+    ([None, None], 0, 1 / 255),
 ])
-def test_weights_that_do_not_fit_are_named(tmp_path, make, message):
-    path = tmp_path / "weights.pth"
-    make(path)
-    with pytest.raises(UserError, match=f"--weights .*weights.pth {message}"):
-        common.load_weights(common.Network("resnet50", 4), str(path))
+def test_pixels_are_normalised_with_the_backbones_statistics_and_floats_are_not(
+        statistics, mean, deviation, monkeypatch):
+    pool = nn.AdaptiveAvgPool2d(1)
+    monkeypatch.setitem(common.BACKBONES, "pool", lambda image_size: (pool, 3, *statistics))
+    network = common.Network("pool", 4)
+    assert network.state_dict().keys() == {"embedding.weight", "embedding.bias"}
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    features = pixels.double().mean((2, 3)) / 255
+    features = (features - torch.tensor(mean)) / torch.tensor(deviation)
+    torch.testing.assert_close(network(pixels), network.embedding(features.float()))
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        images = torch.rand(2, 3, 8, 8, dtype=dtype)
+        features = images.float().mean((2, 3))
+        torch.testing.assert_close(network(images), network.embedding(features))
 
 
-def test_uint8_images_are_normalised_with_the_backbones_statistics_and_float_ones_are_not(monkeypatch):
-    class Mean(torch.nn.Module):
-        def forward(self, x):
-            return x.mean((2, 3))
-    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    pixels = images.float() / 255
-    imagenet = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    for statistics, expected in (((), (pixels - imagenet[0]) / imagenet[1]), (((0.5,) * 3, (0.25,) * 3), (pixels - 0.5) / 0.25),
-                                 ((None, None), images.float())):
-        monkeypatch.setitem(common.BACKBONES, "own", lambda image_size: (Mean(), 3, *statistics))
-        network = common.Network("own", 4)
-        torch.testing.assert_close(network(images), network.embedding(expected.mean((2, 3))))
-        for dtype in (torch.float32, torch.float64, torch.float16):
-            torch.testing.assert_close(network(pixels.to(dtype)), network.embedding(pixels.to(dtype).float().mean((2, 3))))
-        assert set(network.state_dict()) == {"embedding.weight", "embedding.bias"}
+def test_imagenet_weights_are_fetched_and_their_digest_is_checked(tiny, tmp_path, monkeypatch):
+    """torchvision's function fetches them. A classifier is left out."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    state = tiny(0)[0].state_dict()
+    file = tmp_path / "weights"
+    torch.save({**state, "fc.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    network = common.Network("tiny", 4)
+
+    def fetch(name):
+        url = shutil.copy(file, tmp_path / name).as_uri()
+        imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+        monkeypatch.setattr(imagenet.value, "url", url)
+        common.load_weights(network, "imagenet")
+
+    name = f"resnet50-{digest}.pth"
+    fetch(name)
+    assert torch.equal(network.backbone.head.weight, state["head.weight"])
+    with refused("fetch resnet50-00000000.pth by hand and give --weights"):
+        fetch("resnet50-00000000.pth")
+    fetched = tmp_path / "home/hub/checkpoints" / name
+    fetched.write_bytes(b"text")
+    with refused(f"{fetched} is broken .*: delete it"):
+        fetch(name)
 
 
-def test_ones_own_backbone_trains_from_its_weights_and_is_offered(photos, tmp_path, monkeypatch, capsys):
-    def own(image_size):
-        return torch.nn.Sequential(torch.nn.Conv2d(3, 6, 5, stride=4), torch.nn.BatchNorm2d(6), torch.nn.AdaptiveAvgPool2d(1)), 6
-    monkeypatch.setitem(common.BACKBONES, "own", own)
-    weights = own(0)[0].state_dict()
-    torch.save({**weights, "classifier.weight": torch.zeros(3)}, tmp_path / "own.pth")
-    argv = ["--dataset", "folder", "--data_root", str(photos), "--arch", "own", "--weights", str(tmp_path / "own.pth"), "--device",
-            "cpu", "--workers", "0", "--epochs", "1", "--warmup", "1", "--out", str(tmp_path / "run")]
-    nir.main(argv)
-    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert (saved["args"]["image_size"], saved["args"]["augment"], saved["args"]["batch_size"]) == (224, "photo", 8)
-    assert torch.equal(saved["network"]["backbone.0.weight"], weights["0.weight"])
+@pytest.mark.parametrize("content, message", [
+    (None, "does not exist"),
+    (b"text", "is not a checkpoint"),
+    ({"0.0.weight": torch.zeros(1)}, "does not fit the network"),
+    ([1, 2], "does not fit the network"),
+])
+def test_weights_that_do_not_fit_are_named(content, message, tmp_path):
+    path = write(tmp_path / "a.pt", content)
+    with refused(f"--weights .*a.pt {message}"):
+        common.load_weights(common.Network("conv4", 4, 16), path)
+
+
+def test_a_backbone_of_ones_own_trains_from_its_weights(tiny, photos, tmp_path, capsys):
+    start = tiny(0)[0].state_dict()
+    path = write(tmp_path / "tiny.pt", start)
+    argv = "--arch", "tiny", "--weights", path, "--epochs", 1, "--warmup", 1
+    saved = train(photos, tmp_path / "run", *argv)
+    assert torch.equal(saved["network"]["backbone.head.weight"], start["head.weight"])
     with pytest.raises(SystemExit):
         nir.main(["--arch", "other"])
-    assert "own" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(UserError, match="--arch other is not known here: choose .*own"):
+    assert "tiny" in capsys.readouterr().err
+    with refused("--arch other is not known here: choose .*tiny"):
         common.Network("other", 4)
 
 
-def test_the_network_moves_its_input_to_its_own_device():
-    with FakeTensorMode():
-        network = on("cuda", common.Network("conv4", 8, 32))
-        for images in (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 32, 32)):
-            assert images.device.type == "cpu" and network(images).device.type == "cuda"
-
-
-def test_a_classifier_is_left_out_but_not_what_the_backbone_has(tmp_path, monkeypatch):
-    monkeypatch.setitem(common.BACKBONES, "own", lambda size: (torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}), 2))
-    network = common.Network("own", 4)
-    torch.save({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2), "head.weight": torch.ones(9)}, tmp_path / "w")
-    common.load_weights(network, str(tmp_path / "w"))
-    assert torch.equal(network.backbone["fc"].weight, torch.ones(2, 2))
-
-
-# ------------------------------------------------------------------------------------------------------ precision
-
-def test_bfloat16_is_the_backbones_alone_and_trains_on_a_cpu(photos, tmp_path):
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_bfloat16_is_the_backbones_alone(name, outer):
+    """Embedding layer and flow compute in float32, also in a caller's autocast."""
+    network = common.build_network(small_settings(precision=name))
+    model = common.Model(network, nir.NIR(nir.ProxyAnchor(2, 8), 8))
     seen = set()
-
-    def hook(module, inputs, output):
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            seen.add((type(module).__name__, output.dtype))
-    handle = torch.nn.modules.module.register_module_forward_hook(hook)
-    try:
-        for main, name in ((nir.main, "nir"), (prob_dml.main, "elk")):
-            for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)):
-                seen.clear()
-                saved = train(photos, tmp_path / f"{name}-{precision}", "--epochs", 1, "--precision", precision, main=main)
-                assert seen == {("Conv2d", dtype), ("Linear", torch.float32)}
-                assert all(value.dtype == torch.float32 for value in saved["network"].values() if value.is_floating_point())
-    finally:
-        handle.remove()
-    rows = [json.loads((tmp_path / f"elk-{name}/results.json").read_text())["last"]["recall@1"] for name in ("bfloat16", "float32")]
-    assert rows[0] == pytest.approx(rows[1], abs=0.2)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(
+                lambda module, inputs, output: seen.add((type(module), output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        losses, embeddings, _ = model(torch.rand(4, 3, 16, 16), torch.tensor([0, 0, 1, 1]))
+    assert seen == {(nn.Conv2d, getattr(torch, name)), (nn.Linear, torch.float32)}
+    sum(losses.values()).backward()
+    assert network.backbone[0][0].weight.grad.dtype == embeddings.dtype == torch.float32
 
 
-def test_full_precision_reaches_positional_and_keyword_arguments():
-    embeddings, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
-    for loss in [kind(3, 8) for kind in nir.LOSSES.values()] + [prob_dml.ProbabilisticProxies(3, 8, "elk", "vmf")]:
-        half = embeddings.bfloat16()
-        expected = loss(half.float(), labels)
+def test_losses_of_bfloat16_embeddings_are_computed_in_float32():
+    embeddings = torch.randn(6, 8).bfloat16()
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    losses = [kind(3, 8) for kind in nir.LOSSES.values()]
+    losses.append(prob_dml.ProbabilisticProxies(3, 8, "elk", "vmf"))
+    for loss in losses:
+        expected = loss(embeddings.float(), labels)
         with torch.autocast("cpu", torch.bfloat16):
-            for actual in (loss(half, labels), loss(embeddings=half, labels=labels)):
-                assert actual.dtype == torch.float32
-                torch.testing.assert_close(actual, expected)
+            torch.testing.assert_close(loss(embeddings, labels), expected)
+            torch.testing.assert_close(loss(embeddings=embeddings, labels=labels), expected)
 
 
-def on(device, module):
-    """The module's own tensors on another device; `Module.to` does not know fake ones."""
+def to_fake_gpu(module):
+    """The module with its tensors on a GPU; `Module.to` cannot do this with fake tensors."""
     for part in module.modules():
-        part._buffers.update({name: value.to(device) for name, value in part._buffers.items() if value is not None})
-        part._parameters.update({name: torch.nn.Parameter(value.to(device)) for name, value in part._parameters.items()
-                                 if value is not None})
+        for name, value in part._buffers.items():
+            part._buffers[name] = None if value is None else value.to("cuda")
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = nn.Parameter(value.to("cuda"))
     return module
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_network_and_every_loss_stay_on_a_pretended_gpu(monkeypatch):
-    """Fake tensors have a device and a shape, but no values: a CPU tensor among those of a GPU is an error here too."""
-    monkeypatch.setattr(prob_dml, "sample_angle", lambda kappa, D, generator: torch.ones_like(kappa))   # loops by values
+def test_network_and_all_losses_stay_on_a_fake_gpu(monkeypatch):
+    """Fake tensors have no values, but a device: mixing a CPU's with a GPU's is an error.
+
+    The images come from the CPU; the network moves them.
+    """
+    # The sampler loops until all values are accepted.
+    monkeypatch.setattr(prob_dml, "sample_angle", lambda kappa, D, rng: torch.ones_like(kappa))
     cells = [(metric, "vmf", "exact") for metric in prob_dml.SIMILARITIES]
-    cells += [(metric, "nivmf", form) for metric in ("elk", "bhattacharyya", "kl", "loglik") for form in prob_dml.FORMS]
+    nivmf = "elk", "bhattacharyya", "kl", "loglik"
+    cells += itertools.product(nivmf, ["nivmf"], prob_dml.FORMS)
     with FakeTensorMode():
-        made = [nir.NIR(loss(5, 8), 8, form=form) for loss in nir.LOSSES.values() for form in ("nll", "exp")]
-        made += [prob_dml.Criterion(prob_dml.ProbabilisticProxies(5, 8, *cell), proxyanchor_weight=1.0) for cell in cells]
+        criteria = []
+        for loss, form in itertools.product(nir.LOSSES.values(), ("nll", "exp")):
+            criteria.append(nir.NIR(loss(5, 8), 8, form=form))
+        for cell in cells:
+            proxies = prob_dml.ProbabilisticProxies(5, 8, *cell)
+            criteria.append(prob_dml.Criterion(proxies, proxyanchor_weight=1.0))
         labels = torch.zeros(4, dtype=torch.long, device="cuda")
-        for arch, criterion in [("resnet50", made[0]), *(("conv4", criterion) for criterion in made)]:
-            network = common.Network(arch, 8, 32)
+        images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+        for criterion in criteria:
+            network = common.Network("conv4", 8, 32)
             network.precision = "bfloat16"
-            model = on("cuda", common.Model(network, criterion))
-            for dtype in (torch.uint8, torch.float32):
-                images = torch.zeros(4, 3, 32, 32, device="cuda", dtype=dtype)
-                losses, embeddings, _ = model(images, labels)
-                assert all(value.device.type == "cuda" for value in (embeddings, *losses.values()))
-                assert embeddings.dtype == torch.float32 and embeddings.shape == (4, 8)
-        model.criterion.proxies.proxies = torch.nn.Parameter(torch.zeros(5, 8))          # and it would have been noticed
+            model = to_fake_gpu(common.Model(network, criterion))
+            losses, embeddings, _ = model(images, labels)
+            devices = {value.device.type for value in (embeddings, *losses.values())}
+            assert devices == {"cuda"}
+        assert network(images.float()).device.type == "cuda"
+
+        # What stays on the CPU is noticed.
+        model.criterion.proxies.proxies = nn.Parameter(torch.zeros(5, 8))
         with pytest.raises(RuntimeError, match="device"):
             model(images, labels)
 
 
-def test_a_device_for_all_processes_or_without_float64_is_one_sentence(monkeypatch):
-    def no_float64(*shape, device, dtype):
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-    monkeypatch.setattr(torch, "empty", no_float64)
-    with pytest.raises(UserError, match="--device mps has no float64, .* try --device cpu"):
-        common.make_device("mps")
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--device cuda:0 names one device for 2 processes: with torchrun give --device cuda"):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert common.make_device("auto") == common.make_device("cuda") == torch.device("cuda:1")
+    with refused("cuda:0 names one device for 2 processes: .*--device cuda"):
         common.make_device("cuda:0")
 
 
-# ----------------------------------------------------------------------------------------------------------- loop
+def test_a_device_without_float64_is_refused(monkeypatch):
 
-def test_gradient_shares_are_those_of_the_terms():
+    def empty(*shape, device, dtype):
+        raise TypeError(f"Cannot convert a MPS Tensor to {dtype}")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with refused("--device mps has no float64, .* try --device cpu"):
+        common.make_device("mps")
+
+
+# ------------------------------------------------------------------------------------ the protocol
+
+
+def test_gradient_shares_are_the_norms_of_the_losses_gradients():
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    shares = common.gradient_shares({"a": 3 * x.sum(), "b": (x * x).sum() / 2, "c": torch.tensor(1.0)}, x)
+    losses = {"a": 3 * x.sum(), "b": x.square().sum() / 2, "c": torch.tensor(1.0)}
     a, b = 3 * 2 ** 0.5, 5 ** 0.5
-    assert shares == pytest.approx({"grad_share_a": a / (a + b), "grad_share_b": b / (a + b), "grad_share_c": 0})
+    expected = {"grad_share_a": a / (a + b), "grad_share_b": b / (a + b), "grad_share_c": 0}
+    assert common.gradient_shares(losses, x) == pytest.approx(expected)
 
 
-def test_a_run_writes_its_files_and_learns(photos, tmp_path, capsys):
-    saved = train(photos, tmp_path / "run", "--epochs", 3, "--val_fraction", 0.5, "--batch_size", 4)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "args.json", "best.pt", "last.pt", "log.csv", "results.json"]
-    rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert {"proxy", "nir", "grad_share_proxy", "grad_share_nir", "val_recall@1", "seconds"} <= rows[0].keys()
-    assert float(rows[0]["grad_share_proxy"]) + float(rows[0]["grad_share_nir"]) == pytest.approx(1)
-    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
-    assert best["best"] == max(float(row["val_recall@1"]) for row in rows) and saved["epoch"] == 3
-    assert json.loads((tmp_path / "run/args.json").read_text())["epochs"] == 3
-    text = capsys.readouterr().out
-    assert text.count("images/s") == 3 and text.count("left  val Recall@1") == 3
-    for metric in ("recall@1", "recall@8", "map@1000", "map@r", "nmi", "f1", "uniformity", "spectral_decay", "density",
-                   "concentration_variance"):
-        assert f"\n{metric} " in text
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["last"]["epoch"] == 3 and set(results) == {"last", "best"}
-
-
-def test_warm_up_leaves_the_backbone_alone_and_trains_the_rest(photos, tmp_path):
-    torch.manual_seed(0)
-    start = common.Network("conv4", 8, 16)
-    saved = train(photos, tmp_path / "run", "--epochs", 1, "--warmup", 1)["network"]
-    weights = [k for k, _ in start.named_parameters()]
-    assert all(torch.equal(saved[k], start.state_dict()[k]) == k.startswith("backbone") for k in weights)
-    assert train(photos, tmp_path / "again", "--epochs", 2, "--warmup", 1)["network"]["backbone.0.0.weight"].ne(
-        saved["backbone.0.0.weight"]).any()
-
-
-def test_each_loss_parameter_has_its_own_rate_and_no_weight_decay_and_the_schedule_cuts_all(photos, tmp_path):
-    saved = train(photos, tmp_path / "run", "--epochs", 2, "--lr", 0.01, "--proxy_lr", 3, "--flow_lr", 5,
-                  "--lr_steps", 1, "--lr_gamma", 0.5)
-    groups = saved["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == pytest.approx([0.005, 0.005, 0.015, 0.025])
-    assert [group["weight_decay"] for group in groups] == [4e-4, 4e-4, 0, 0]
-
-
-def test_the_number_of_workers_changes_no_number(photos, tmp_path):
-    a = train(photos, tmp_path / "a", "--epochs", 2)
-    b = train(photos, tmp_path / "b", "--epochs", 2, "--workers", 2)
-    assert_same(a, b)
-    c = train(photos, tmp_path / "c", "--epochs", 2, "--seed", 1)
-    assert not torch.equal(a["network"]["embedding.weight"], c["network"]["embedding.weight"])
-
-
-def test_a_run_killed_mid_epoch_and_resumed_equals_the_uninterrupted_one(photos, tmp_path):
-    whole = train(photos, tmp_path / "whole", "--epochs", 12)
-    argv = [*SMALL, "--data_root", str(photos), "--out", str(tmp_path / "killed"), "--epochs", "12"]
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "nir.py", *argv], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    for line in process.stdout:
-        if line.startswith("epoch   3/"):
-            break
-    time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = torch.load(tmp_path / "killed/last.pt", weights_only=True)["epoch"]
-    assert 2 <= before < 12
-    nir.main(["--resume", str(tmp_path / "killed/last.pt")])
-    assert_same(torch.load(tmp_path / "killed/last.pt", weights_only=True), whole)
-    assert_same(torch.load(tmp_path / "killed/best.pt", weights_only=True),
-                torch.load(tmp_path / "whole/best.pt", weights_only=True))
-    assert_same(json.loads((tmp_path / "killed/results.json").read_text()),
-                json.loads((tmp_path / "whole/results.json").read_text()))
-
-
-def test_ctrl_c_leaves_a_run_to_resume_and_says_how(photos, tmp_path):
-    argv = [*SMALL, "--data_root", str(photos), "--out", str(tmp_path / "run"), "--epochs", "1000"]
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "nir.py", *argv], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE)
-    next(line for line in process.stdout if line.startswith("epoch   2/"))
-    process.send_signal(signal.SIGINT)
-    error = process.communicate()[1]
-    assert process.returncode == 130
-    assert error.splitlines()[-1] == f"interrupted: go on with python {ROOT / 'nir.py'} --resume {tmp_path}/run/last.pt"
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] >= 1
-
-
-def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    common.save_file(tmp_path / "a.pt", {"x": 1})
-
-    def half(content, path):
-        Path(path).write_bytes(b"half a file")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        common.save_file(tmp_path / "a.pt", {"x": 2})
-    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="writing .*folder failed .*give another path"):
-        common.save_file(tmp_path / "folder", "text")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "folder"]                 # no half files
-
-
-def test_a_loss_that_is_not_finite_names_epoch_step_and_term_and_keeps_the_checkpoint(photos, tmp_path, monkeypatch):
-    calls, real = [], nir.NIR.nir
-
-    def breaks(self, embeddings, labels):
-        calls.append(1)
-        return real(self, embeddings, labels) * (float("nan") if len(calls) == 5 else 1)
-    monkeypatch.setattr(nir.NIR, "nir", breaks)
-    with pytest.raises(UserError, match="the loss term nir is not finite in epoch 2, step 2"):   # three steps an epoch
-        train(photos, tmp_path / "run", "--epochs", 4)
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] == 1
-
-
-@pytest.mark.parametrize("step", [1, 5])                                           # three steps an epoch
-def test_a_criterions_value_error_becomes_a_sentence_with_epoch_step_and_checkpoint(step, photos, tmp_path, monkeypatch, capsys):
+def test_the_log_has_mean_losses_and_the_first_batchs_diagnostics(photos, tmp_path, monkeypatch):
+    """A loss without a gradient has no share of it."""
     calls = []
 
     def losses(self, embeddings, labels):
         calls.append(1)
-        if len(calls) == step:
-            raise ValueError("kappa is not finite: lower the learning rates")
-        return {"proxy": embeddings.square().mean()}
+        return {"proxy": len(calls) + 0 * embeddings.sum()}
+
     monkeypatch.setattr(nir.NIR, "losses", losses)
-    with pytest.raises(SystemExit) as caught:
-        common.command(lambda: train(photos, tmp_path / "run", "--epochs", 4))
-    epoch, number = divmod(step - 1, 3)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == (f"error: kappa is not finite in epoch {epoch + 1}, step {number + 1}: lower the learning "
-                                       f"rates; the last good checkpoint is in {tmp_path / 'run'}\n")
+    monkeypatch.setattr(nir.NIR, "diagnostics", lambda *args: {"number": len(calls)})
+    row, = train(photos, tmp_path, "--epochs", 1)["history"]
+    assert (row["proxy"], row["number"], row["grad_share_proxy"]) == (1.5, 1, 0)
 
 
-def test_a_mistake_in_the_code_keeps_its_traceback():
-    def wrong():
-        raise ValueError("not the user's")
-    with pytest.raises(ValueError, match="not the user's"):
-        common.command(wrong)
+def test_a_run_leaves_its_settings_log_checkpoints_and_results(photos, tmp_path, capsys):
+    train(photos, tmp_path, "--epochs", 3)
+    files = "args.json best.pt last.pt log.csv results.json".split()
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {"proxy", "nir", "class_cosine", "test_recall@1", "seconds"} <= rows[0].keys()
+    for row in rows:
+        shares = float(row["grad_share_proxy"]), float(row["grad_share_nir"])
+        assert sum(shares) == pytest.approx(1)
+    shown = capsys.readouterr().out
+    assert "20 images of 4 classes train, 20 of 4 test" in shown
+    assert shown.count(" images/s  ") == 3
+    results = read_json(tmp_path / "results.json")["last"]
+    assert {"recall@8", "map@1000", "nmi", "norm_auroc"} <= results.keys()
+    for metric in results:
+        assert f"\n{metric} " in shown
 
 
-def test_start_epoch_comes_after_the_warm_ups_freezing_and_before_the_epochs_seed(photos, tmp_path, monkeypatch):
-    """Called in every epoch; what it draws changes no number, and what it freezes stays frozen."""
-    plain = train(photos, tmp_path / "plain", "--epochs", 3, "--warmup", 1)
-    seen = []
+def test_the_warm_up_trains_everything_but_the_backbone(photos, tmp_path):
+    torch.manual_seed(0)
+    start = common.Network("conv4", 8, 16)
+    epoch1 = train(photos, tmp_path / "1", "--epochs", 1, "--warmup", 1)["network"]
+    for name, value in start.named_parameters():
+        assert torch.equal(epoch1[name], value) == name.startswith("backbone")
+    epoch2 = train(photos, tmp_path / "2", "--epochs", 2, "--warmup", 1)["network"]
+    for name, _ in start.named_parameters():
+        assert not torch.equal(epoch2[name], epoch1[name])
+
+
+def test_each_group_has_its_rate_and_the_network_alone_decays(photos, tmp_path):
+    argv = "--lr 0.01 --proxy_lr 1 --flow_lr 0.002 --weight_decay 0.03".split()
+    schedule = "--epochs 2 --lr_steps 1 --lr_gamma 0.5".split()
+    groups = train(photos, tmp_path, *argv, *schedule)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.005, 0.005, 0.5, 0.001])
+    assert [group["weight_decay"] for group in groups] == [0.03, 0.03, 0, 0]
+
+
+def test_a_presets_batch_is_an_even_number_of_at_most_half_of_the_images():
+    for size in (1, 2, 3, 4, 7, 8, 20, 179, 180, 1000):
+        split = data.Split([None] * size, torch.zeros(size, dtype=torch.long), ["a"])
+        even = [batch for batch in range(2, 91, 2) if batch <= size / 2]
+        for given, expected in ((None, max(even, default=2)), (64, 64)):
+            args = small_settings(batch_size=given, usual_batch_size=90)
+            loader = common.training_loader(args, split, CPU)
+            assert args.batch_size == loader.batch_sampler.batch_size == expected
+
+
+def test_each_epoch_of_each_seed_draws_and_crops_anew(photos, tmp_path, monkeypatch):
+    crops, draws, starts = [], [], []
+    getitem, losses = data.Images.__getitem__, nir.NIR.losses
+
+    def note_crop(self, item):
+        if isinstance(item, tuple):                         # in training
+            assert "RandomResizedCrop(size=(16, 16), scale=(0.08, 1.0)" in str(self.transform)
+            crops.append(item[1])
+        return getitem(self, item)
+
+    def note_draw(*args):
+        draws.append(float(torch.rand(())))
+        return losses(*args)
+
+    monkeypatch.setattr(data.Images, "__getitem__", note_crop)
+    monkeypatch.setattr(nir.NIR, "losses", note_draw)
+    for seed in (0, 1):
+        argv = "--epochs", 2, "--warmup", 2, "--augment", "photo", "--seed", seed
+        saved = train(photos, tmp_path / str(seed), *argv)
+        starts.append(saved["network"]["backbone.0.0.weight"])
+    # Two seeds of two epochs of two batches of 8.
+    assert len(crops) == len(set(crops)) == 64
+    assert len(draws) == len(set(draws)) == 8
+    assert not torch.equal(*starts)
+
+
+def test_the_number_of_workers_changes_no_number(photos, tmp_path):
+    without = train(photos, tmp_path / "0", "--epochs", 2)
+    assert_same(train(photos, tmp_path / "2", "--epochs", 2, "--workers", 2), without)
+
+
+@pytest.mark.parametrize("fraction, selection", [(0.5, "val"), (0, "test")])
+def test_validation_classes_choose_the_epoch_and_test_classes_make_the_table(
+        fraction, selection, photos, tmp_path, monkeypatch):
+    recalls, chosen_on = [0.5, 0.9, 0.9, 0.2], []
+    left = iter(recalls)
+
+    def recall(network, split, args, device):
+        chosen_on.append(split.class_names)
+        return next(left)
+
+    def metrics(embeddings, labels, ks):
+        return {"images": len(embeddings), "last k": ks[-1]}
+
+    monkeypatch.setattr(common, "recall_at_1", recall)
+    monkeypatch.setattr(evaluate, "all_metrics", metrics)
+    last = train(photos, tmp_path, "--epochs", 4, "--val_fraction", fraction)
+    classes = (2, 3) if selection == "val" else (4, 5, 6, 7)
+    assert chosen_on == [[f"class{c}" for c in classes]] * 4
+    assert [row[f"{selection}_recall@1"] for row in last["history"]] == recalls
+    # Of two best epochs it is the first.
+    table = read_json(tmp_path / "results.json")
+    for name, epoch in (("best", 2), ("last", 4)):
+        assert read_checkpoint(tmp_path / f"{name}.pt")["epoch"] == epoch
+        expected = {"epoch": epoch, "images": 20, "last k": 8}
+        assert expected.items() <= table[name].items()
+
+
+def test_start_epoch_follows_the_warm_ups_freezing_and_precedes_the_epochs_seed(
+        photos, tmp_path, monkeypatch):
+    """It is called in every epoch, and what it draws changes no number."""
+    losses, calls = nir.NIR.losses, []
+
+    def random_losses(*args):
+        return {name: value * torch.rand(()) for name, value in losses(*args).items()}
 
     def start_epoch(self, epoch, network, train_split, args, device):
-        trained = [parameter.requires_grad for parameter in network.backbone.parameters()]
-        seen.append((epoch, all(trained), any(trained), len(train_split.images), args.epochs, device.type))
-        common.embed(network, train_split, args, device)                             # a pass over a DataLoader
+        is_trained = network.backbone[0][0].weight.requires_grad
+        calls.append((epoch, is_trained, len(train_split.images), args.epochs, device))
+        common.embed(network, train_split, args, device)
         torch.rand(7)
-        if freeze:
-            network.backbone[0].requires_grad_(False)
+
+    argv = "--epochs", 3, "--warmup", 1
+    monkeypatch.setattr(nir.NIR, "losses", random_losses)
+    plain = train(photos, tmp_path / "plain", *argv)
     monkeypatch.setattr(nir.NIR, "start_epoch", start_epoch, raising=False)
-    freeze = False
-    assert_same(train(photos, tmp_path / "drawn", "--epochs", 3, "--warmup", 1), plain)
-    assert seen == [(0, False, False, 20, 3, "cpu"), (1, True, True, 20, 3, "cpu"), (2, True, True, 20, 3, "cpu")]
-    freeze = True
-    frozen = train(photos, tmp_path / "frozen", "--epochs", 3, "--warmup", 1)["network"]
-    torch.manual_seed(0)
-    start = common.Network("conv4", 8, 16).state_dict()
-    assert torch.equal(frozen["backbone.0.0.weight"], start["backbone.0.0.weight"])
-    assert not torch.equal(frozen["backbone.1.0.weight"], start["backbone.1.0.weight"])
+    assert_same(train(photos, tmp_path / "drawn", *argv), plain)
+    assert calls == [(epoch, epoch > 0, 20, 3, CPU) for epoch in range(3)]
 
 
-@pytest.mark.parametrize("main, argv, expected", [
-    (nir.main, [], {"ProxyAnchor.margin": 0.1, "ProxyAnchor.alpha": 32.0, "GlowFlow.depth": 8, "GlowFlow.clamp": 2.0}),
-    (nir.main, ["--loss", "softtriple"], {"SoftTriple.centers": 10, "SoftTriple.la": 20.0}),
-    (prob_dml.main, [], {"min_concentration": 0.1, "min_temperature": 1e-3, "ProxyAnchor.alpha": 32.0})])
-def test_what_no_option_changes_is_written_down(main, argv, expected, photos, tmp_path):
-    saved = train(photos, tmp_path, "--epochs", 1, *argv, main=main)
-    for fixed in (json.loads((tmp_path / "args.json").read_text())["fixed"], saved["args"]["fixed"]):
-        assert {name: fixed[name] for name in expected} == expected
+def not_finite(losses):
+    losses["nir"] = losses["nir"] * math.nan
 
 
-BORROWED = """
-import sys
-import {name}
-import torch
-embeddings, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
-loss = {loss}
-sum(loss.losses(embeddings, labels).values()).backward()
-print(sorted({{"common", "data", "evaluate", "torchvision", "scipy"}} & set(sys.modules)))
-"""
+def too_large(losses):
+    raise ValueError("kappa is too large: lower --lr")
 
 
-@pytest.mark.parametrize("files, loss", [
-    (["nir"], "nir.NIR(nir.ProxyAnchor(3, 8), 8)"),
-    (["prob_dml", "nir"], "prob_dml.Criterion(prob_dml.ProbabilisticProxies(3, 8), 1.0)"),
-    (["objectives", "nir"], "objectives.Objective(objectives.Margin(3), 'distance')")])
-def test_a_script_can_be_borrowed(files, loss, tmp_path):
-    """In a folder of its own it needs torch and numpy alone."""
-    for name in files:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    done = subprocess.run([sys.executable, "-c", BORROWED.format(name=files[0], loss=loss)], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+@pytest.mark.parametrize("fail, problem, remedy", [
+    (not_finite, "the loss term nir is not finite", "lower --lr or its weight"),
+    (too_large, "kappa is too large", "lower --lr"),
+])
+def test_a_failing_loss_names_epoch_step_and_the_last_checkpoint(
+        fail, problem, remedy, photos, tmp_path, monkeypatch, capsys):
+    """The fourth call is in epoch 2, step 2."""
+    calls = itertools.count(1)
+    real = nir.NIR.losses
+
+    def losses(*args):
+        values = real(*args)
+        if next(calls) == 4:
+            fail(values)
+        return values
+
+    monkeypatch.setattr(nir.NIR, "losses", losses)
+    with pytest.raises(SystemExit, match="^2$"):
+        common.command(lambda: train(photos, tmp_path, "--epochs", 4))
+    last = tmp_path / "last.pt"
+    assert capsys.readouterr().err == (
+        f"error: {problem} in epoch 2, step 2: {remedy}; the last good checkpoint is {last}\n")
+    assert read_checkpoint(last)["epoch"] == 1
 
 
-def test_a_run_never_overwrites_another(photos, tmp_path, monkeypatch):
-    train(photos, tmp_path / "run", "--epochs", 1)
-    with pytest.raises(UserError, match="already holds a run: resume it with --resume .*last.pt"):
-        train(photos, tmp_path / "run", "--epochs", 1)
+def test_a_run_that_fails_in_its_first_epoch_leaves_nothing(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nir.NIR, "losses", lambda *args: too_large({}))
+    there = tmp_path / "there"
+    there.mkdir()
+    for out in (there, tmp_path / "new"):
+        with pytest.raises(SystemExit, match="^2$"):
+            common.command(lambda: train(photos, out))
+        message = "error: kappa is too large in epoch 1, step 1: lower --lr\n"
+        assert capsys.readouterr().err == message
+    assert list(tmp_path.rglob("*")) == [there]
+
+
+def test_training_on_toy_beats_an_untrained_network(toy, toy_run):
+    checkpoint = read_checkpoint(toy_run / "last.pt")
+    args = argparse.Namespace(**checkpoint["args"])
+    torch.manual_seed(args.seed)
+    untrained = common.recall_at_1(common.build_network(args), toy[1], args, CPU)
+    trained = read_json(toy_run / "results.json")["last"]["recall@1"]
+    assert untrained < 0.35 and trained > untrained + 0.15
+
+
+@needs_real
+def test_real_drawings_are_learned(tmp_path):
+    argv = "--epochs", 1, "--batch_size", 90, "--embed_dim", 128
+    train(REAL / "omniglot", tmp_path, *argv)
+    assert read_json(tmp_path / "results.json")["last"]["recall@1"] > 0.2
+
+
+@pytest.mark.filterwarnings("ignore:.*training class.es. have one image")
+def test_single_images_alone_are_refused_before_the_training(tmp_path, monkeypatch):
+    """Four classes train, of which two validate, and four test."""
+    monkeypatch.setattr(common, "make_run_folder", lambda *_: pytest.fail("the run has begun"))
+    message = "no test or validation class of .* has two images"
+    no_test_pairs = make_photos(tmp_path / "a", (2, 2, 2, 2, 1, 1, 1, 1))
+    no_validation_pairs = make_photos(tmp_path / "b", (2, 2, 1, 1, 1, 1, 1, 2))
+    for photos in (no_test_pairs, no_validation_pairs):
+        with refused(message):
+            train(photos, tmp_path / "run", "--val_fraction", 0.5)
+
+
+# -------------------------------------------------------------------------- stopped, then resumed
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(how, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    photos = make_photos(tmp_path / "photos", noise=1)
+    train(photos, whole, "--epochs", 20)
+    argv = *SMALL, "--data_root", photos, "--out", stopped, "--epochs", 20
+    process = start(ROOT / "nir.py", *argv)
+    next(line for line in process.stdout if line.startswith("epoch   3/"))
+    time.sleep(0.1)                                         # into the next epoch
+    process.send_signal(how)
+    _, error = process.communicate()
+    last = stopped / "last.pt"
+    assert process.returncode == -how
+    if how == signal.SIGINT:
+        advice = f"interrupted: go on with python {ROOT / 'nir.py'} --resume {last}"
+        assert error.splitlines()[-1] == advice
+    assert 2 <= read_checkpoint(last)["epoch"] < 20
+    settings = (stopped / "args.json").read_text()
+    nir.main(["--resume", str(last)])
+    assert_same_runs(stopped, whole)
+    assert (stopped / "args.json").read_text() == settings
+
+
+def test_a_resumed_run_has_no_second_warm_start(photos, tmp_path, monkeypatch):
+    """It stays in its folder, which may have moved. It may have other workers."""
+    calls = []
+    save_file, warm_start = common.save_file, prob_dml.ProbabilisticProxies.warm_start
+
+    def count(*args):
+        calls.append(1)
+        return warm_start(*args)
+
+    def save_and_stop(path, content):
+        save_file(path, content)
+        if path.name == "log.csv":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prob_dml.ProbabilisticProxies, "warm_start", count)
+    whole = train(photos, tmp_path / "whole", "--epochs", 2, main=prob_dml.main)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(common, "save_file", save_and_stop)
+        train(photos, tmp_path / "run", "--epochs", 2, main=prob_dml.main)
+    last = (tmp_path / "run").rename(tmp_path / "moved") / "last.pt"
+    elsewhere = str(tmp_path / "elsewhere")
+    prob_dml.main(["--resume", str(last), "--workers", "1", "--out", elsewhere])
+    assert_same(read_checkpoint(last), whole)
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*best.pt is missing")
+def test_a_finished_run_is_evaluated_again_and_its_data_is_not_fetched_again(
+        photos, tmp_path, monkeypatch, capsys):
+    """The folder of the data may have been given in a way that depends on the current one."""
+    load, fetched = data.load, []
+
+    def note(name, root, download):
+        fetched.append(download)
+        return load(name, root, download)
+
+    monkeypatch.setattr(data, "load", note)
+    monkeypatch.chdir(photos.parent)
+    train(photos.name, tmp_path, "--epochs", 1)
     monkeypatch.chdir(tmp_path)
-    for name in ("runs/x", "runs/x-2", "runs/x-3"):
-        args = type("Args", (), {"out": None, "resume": None})()
-        assert str(common.make_run_folder(args, "x")) == name
-        (tmp_path / name / "last.pt").touch()
+    results = read_json(tmp_path / "results.json")
+    (tmp_path / "best.pt").unlink()
+    nir.main(["--resume", "last.pt"])
+    assert "is finished: it is only evaluated again" in capsys.readouterr().out
+    assert_same(read_json(tmp_path / "results.json"), {"last": results["last"]})
+    assert fetched == [True, False]
 
 
-def test_runs_of_one_name_that_start_together_have_folders_of_their_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, argv, message", [
+    (nir, ["--arch", "resnet50"], "--arch resnet50 contradicts the run in .*, which has conv4"),
+    (nir, ["--dataset", "cub200"], "--dataset cub200 contradicts the run in .*, which has folder"),
+    (nir, ["--nir_weight", "0.5"], "--nir_weight 0.5 contradicts .* which has 0.01: leave"),
+    (prob_dml, [], "is a run of another script, which knows no --concentration_init, "),
+])
+def test_resuming_with_other_settings_names_the_contradiction(script, argv, message, trained):
+    with refused(message):
+        script.main(["--resume", str(trained / "last.pt"), *argv])
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda saved: saved.pop("version"), "was written by an older version, .* multiples of --lr"),
+    (lambda saved: saved.update(version=1), "was written by an older version"),
+    (lambda saved: saved.pop("optimizer"), "is not the last.pt of a run .*KeyError: 'optimizer'"),
+    (lambda saved: saved["criterion"].popitem(), "is not the last.pt of a run .*RuntimeError: "),
+    (lambda saved: saved["class_names"].append("x"), "was trained with other classes .* now .x.:"),
+    (lambda saved: saved["args"].update(embed_dim=9), "does not hold the network .*conv4, D = 9"),
+])
+def test_a_checkpoint_that_cannot_be_resumed_says_why(change, message, trained, tmp_path):
+    saved = read_checkpoint(trained / "last.pt")
+    change(saved)
+    path = write(tmp_path / "last.pt", saved)
+    with refused(message):
+        nir.main(["--resume", path])
+
+
+def test_an_older_checkpoint_is_still_evaluated_and_loaded(trained, tmp_path):
+    saved = read_checkpoint(trained / "last.pt")
+    del saved["version"], saved["args"]["precision"], saved["args"]["usual_batch_size"]
+    old = write(tmp_path / "last.pt", saved)
+    evaluate.main(["--checkpoint", old, "--device", "cpu"])
+    results = read_json(trained / "results.json")["last"]
+    assert read_json(tmp_path / "metrics.json")["recall@1"] == results["recall@1"]
+    network, _ = common.load_network(old, "cpu")
+    assert_same(network.state_dict(), saved["network"])
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def test_runs_never_overwrite_each_other(trained, photos, tmp_path, monkeypatch):
+    with refused("already holds a run: resume it with --resume .*last.pt"):
+        train(photos, trained, "--epochs", 1)
+
+    # Runs of one name that start together have folders of their own.
     monkeypatch.chdir(tmp_path)
     start = threading.Barrier(8)
 
@@ -504,159 +664,31 @@ def test_runs_of_one_name_that_start_together_have_folders_of_their_own(tmp_path
         args = argparse.Namespace(out=None, resume=None, number=number)
         start.wait()
         return args, common.make_run_folder(args, "x")
+
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(begin, range(8)))
-    assert {str(out) for _, out in made} == {"runs/x", *(f"runs/x-{i}" for i in range(2, 9))}
-    for args, out in made:
-        assert args.out == str(out) and json.loads((out / "args.json").read_text())["number"] == args.number
+        begun = list(pool.map(begin, range(8)))
+    names = {"runs/x", *(f"runs/x-{i}" for i in range(2, 9))}
+    assert {str(out) for _, out in begun} == names
+    for args, out in begun:
+        assert args.out == str(out)
+        assert read_json(out / "args.json")["number"] == args.number
 
 
-def test_workers_are_as_many_as_the_cpus_that_each_process_may_use(monkeypatch):
-    def workers(*argv):
-        return common.parse(*_nir_parser(), list(argv)).workers
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert workers() == 24 and workers("--dataset", "toy") == 0 and workers("--dataset", "toy", "--workers", "3") == 3
-    for processes, expected in (("5", 4), ("24", 1), ("100", 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert workers() == expected
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.delattr(os, "sched_getaffinity")                                            # as on other systems
-    assert workers() == 7
+def test_a_killed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save_file(tmp_path / "a.pt", {"x": 1})
 
+    def half(content, path):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
 
-def test_one_function_says_which_process_this_is_and_rank_0_alone_speaks(monkeypatch, capsys):
-    assert common.processes is data.processes and data.processes() == (0, 1)
-    monkeypatch.setattr(warnings, "showwarning", None)
-    for rank in (0, 1):
-        for module in (common, data):
-            monkeypatch.setattr(module, "processes", lambda: (rank, 2))
-        monkeypatch.setattr(data.time, "monotonic", itertools.count(step=100).__next__)
-        common.command(lambda: [warnings.showwarning("careful")] + list(data.progress(range(3), 3, "counting")))
-        error = capsys.readouterr().err
-        assert ("counting 1/3" in error, "warning: careful" in error) == (rank == 0, rank == 0)
-
-
-def test_toy_training_beats_an_untrained_network_by_a_wide_margin(tmp_path):
-    """A few epochs of the toy preset, at half its resolution."""
-    from evaluate import recall_at_k
-    args = common.parse(*_nir_parser(), ["--dataset", "toy", "--device", "cpu", "--image_size", "16"])
-    _, test = data.load("toy", None)
-    untrained = recall_at_k(common.embed(common.build_network(args), test, args, torch.device("cpu")), test.labels, [1])[1]
-    nir.main(["--dataset", "toy", "--device", "cpu", "--image_size", "16", "--epochs", "5", "--nir_weight", "0", "--out", str(tmp_path)])
-    trained = json.loads((tmp_path / "results.json").read_text())["last"]["recall@1"]
-    assert untrained < 0.35 and trained > untrained + 0.15
-
-
-def _nir_parser():
-    p = common.parser("")
-    for option in ("loss", "nir_weight", "nir_form", "nir_noise", "proxy_weight", "proxy_lr", "flow_lr"):
-        p.add_argument(f"--{option}", default="proxyanchor" if option == "loss" else None)
-    return p, nir.preset
-
-
-def test_best_is_the_epoch_of_the_highest_recall_and_has_its_column(photos, tmp_path, monkeypatch):
-    real, values = evaluate.recall_at_k, iter([0.5, 0.9, 0.9, 0.2])                      # of equal ones the first
-    monkeypatch.setattr(evaluate, "recall_at_k", lambda e, y, ks: {1: next(values)} if ks == (1,) else real(e, y, ks))
-    last = train(photos, tmp_path, "--epochs", 4)
-    best, table = torch.load(tmp_path / "best.pt", weights_only=True), json.loads((tmp_path / "results.json").read_text())
-    assert (best["epoch"], last["epoch"], table["best"]["epoch"], table["last"]["epoch"]) == (2, 4, 2, 4)
-
-
-def test_validation_classes_choose_the_epoch_and_test_classes_make_the_table(photos, tmp_path, monkeypatch):
-    seen, names, embed = [], [], common.embed
-    monkeypatch.setattr(common, "embed", lambda network, split, *more: seen.append(split.class_names) or embed(network, split, *more))
-    monkeypatch.setattr(data, "usual_ks", lambda name: names.append(name) or (1,))
-    train(photos, tmp_path, "--epochs", 1, "--val_fraction", 0.5, "--batch_size", 4)
-    test = [f"class{c}" for c in (4, 5, 6, 7)]
-    assert seen == [["class2", "class3"], test, test] and names == ["folder"] * 2
-
-
-def test_every_epoch_and_seed_draws_and_augments_anew(photos, tmp_path, monkeypatch):
-    items, drawn, real, losses = [], [], data.Images.__getitem__, nir.NIR.losses
-
-    def spy(self, item):
-        if isinstance(item, tuple):
-            assert "RandomResizedCrop(size=(16, 16), scale=(0.08, 1.0)" in str(self.transform)
-            items.append(item[1])
-        return real(self, item)
-    monkeypatch.setattr(data.Images, "__getitem__", spy)
-    monkeypatch.setattr(nir.NIR, "losses", lambda *args: drawn.append(torch.rand(()).item()) or losses(*args))
-    saved = [train(photos, tmp_path / str(seed), "--epochs", 2, "--warmup", 2, "--augment", "photo", "--seed", seed)["network"]
-             for seed in (0, 1)]
-    assert len(items) == 4 * 24 == len(set(items)) and len(drawn) == 4 * 3 == len(set(drawn))
-    assert not torch.equal(*(network["backbone.0.0.weight"] for network in saved))           # their first values differ
-
-
-def test_corrupted_runs_see_corrupted_images(photos, tmp_path):
-    train(photos, tmp_path, "--epochs", 1, "--corrupt")
-    assert "norm_clarity" in json.loads((tmp_path / "results.json").read_text())["last"]
-    args = argparse.Namespace(dataset="folder", data_root=photos, corrupt=True, val_fraction=0.0)
-    first, _, test = data.load_splits(args)
-    assert torch.equal(first.ambiguity, first.corruption) and not torch.equal(first.corruption, test.corruption)
-
-
-def test_weight_decay_is_what_was_asked_for(photos, tmp_path):
-    saved = train(photos, tmp_path, "--epochs", 1, "--weight_decay", 0.01)
-    assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.01, 0.01, 0, 0]
-    assert saved["args"]["precision"] == "float32"                                  # not "auto": as it was, on this CPU
-
-
-def test_a_stopped_run_with_a_warm_start_goes_on_without_another(photos, tmp_path, monkeypatch):
-    calls, warm_start, save = [], prob_dml.ProbabilisticProxies.warm_start, common.save_file
-    monkeypatch.setattr(prob_dml.ProbabilisticProxies, "warm_start", lambda *args: calls.append(1) or warm_start(*args))
-    whole = train(photos, tmp_path / "whole", "--epochs", 2, main=prob_dml.main)
-
-    def stop(path, content):
-        save(path, content)
-        if path.name == "log.csv":
-            raise KeyboardInterrupt
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-        stopped.setattr(common, "save_file", stop)
-        train(photos, tmp_path / "cut", "--epochs", 2, main=prob_dml.main)
-    made = (tmp_path / "cut/args.json").read_text()
-    prob_dml.main(["--resume", str(tmp_path / "cut/last.pt"), "--workers", "1", "--device", "cpu"])
-    assert_same(torch.load(tmp_path / "cut/last.pt", weights_only=True), whole)
-    assert len(calls) == 2 and (tmp_path / "cut/args.json").read_text() == made
-    with pytest.raises(UserError, match="best.pt is not the last.pt of a run .*KeyError: .optimizer.*: resume from that"):
-        prob_dml.main(["--resume", str(tmp_path / "cut/best.pt")])
-
-
-def test_the_log_has_the_mean_of_each_term_and_no_share_where_there_is_no_gradient(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(nir.NIR, "losses", lambda self, embeddings, labels: {"proxy": 2 + 0 * embeddings.sum()})
-    row, = train(photos, tmp_path, "--epochs", 1)["history"]
-    assert row["proxy"] == 2 and row["grad_share_proxy"] == 0
-
-
-def test_defaults_are_those_of_the_help():
-    def parse(*argv):
-        args = common.parse(*_nir_parser(), list(argv))
-        return args.image_size, args.augment, args.data_root
-    assert parse("--dataset", "toy") == (32, "light", "data") and parse("--arch", "conv4") == (64, "light", "data")
-    assert parse() == (224, "photo", "data")
-    for wrong in ("--val_fraction=-0.1", "--val_fraction=1", "--lr=inf", "--lr=nan"):
-        with pytest.raises(SystemExit):
-            parse(wrong)
-
-
-def test_the_commit_has_a_plus_where_files_differ(tmp_path, monkeypatch):
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    (tmp_path / "common.py").write_text("a")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
-        subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    clean = common.commit()
-    (tmp_path / "common.py").write_text("b")
-    assert not clean.endswith("+") and common.commit() == clean + "+"
-
-
-# ------------------------------------------------------------------------------------------------------- mistakes
-
-@pytest.fixture(scope="module")
-def trained(photos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    train(photos, out, "--epochs", 1)
-    return out
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        common.save_file(tmp_path / "a.pt", {"x": 2})
+    assert read_checkpoint(tmp_path / "a.pt") == {"x": 1}
+    (tmp_path / "folder").mkdir()
+    with refused("writing .*folder failed .*its folder can be written"):
+        common.save_file(tmp_path / "folder", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "folder"]
 
 
 class Code:
@@ -664,171 +696,237 @@ class Code:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--dataset", "cars"], "invalid choice: 'cars'"),
-    (["--loss", "triplet"], "invalid choice: 'triplet'"),
-    (["--batch_size", "-2"], "--batch_size: -2 is not above 0 and below inf"),
-    (["--lr", "fast"], "invalid positive float value: 'fast'"),
-    (["--nir_weight", "-1"], "--nir_weight: -1 is not at least 0 and below inf"),
-    (["--nir_weight", "much"], "invalid non-negative float value: 'much'"),
-    (["--warmup", "1.5"], "invalid non-negative int value: '1.5'"),
-    (["--val_fraction", "1.5"], "--val_fraction: 1.5 is not at least 0 and below 1"),
-    (["--dataset", "toy", "--weights", "imagenet"], "--weights imagenet needs --arch resnet50"),
-    (["--dataset", "toy", "--pooling", "double"], "--pooling double needs a backbone with a layer `avgpool`"),
-    (["--dataset", "toy", "--device", "gpu"], "--device gpu cannot be used"),
-    (["--image_size", "8"], "--image_size 8 is too small"),
-    (["--dataset", "toy", "--embed_dim", "1"], "error: --embed_dim 1 is too small: a coupling flow needs at least two dimensions"),
-    (["--dataset", "toy", "--batch_size", "7"], "--batch_size 7 is not a multiple of 2"),
-    (["--dataset", "toy", "--batch_size", "900"], "--batch_size 900 is more than 2000 images of 100 training classes allow: use at most 500"),
-    (["--dataset", "folder", "--data_root", "nowhere", "--arch", "conv4"], "error: nowhere is no folder"),
-    (["--dataset", "cars196", "--data_root", ".", "--arch", "conv4"], "official address is dead"),
-    (["--resume", "nothing.pt"], "--resume nothing.pt does not exist"), (["--resume", "."], "--resume . is a folder"),
-    (["--nirweight", "0"], "unrecognized arguments: --nirweight 0"),
-    (["--dataset", "toy", "--out", "/proc/nothing"], "give another"),
+@pytest.mark.parametrize("content, message", [
+    (None, "does not exist"),
+    (b"", "is not a checkpoint"),
+    (b"text", "is not a checkpoint"),
+    ({"args": Code(), "network": {}, "epoch": 1}, "is not a checkpoint, or holds more than tens"),
+    ({"epoch": 1}, "is not a checkpoint of these scripts"),
 ])
-def test_mistakes_are_one_sentence_and_exit_code_2(argv, message, capsys, monkeypatch, tmp_path):
+def test_no_code_of_a_checkpoint_is_run_and_other_files_are_refused(
+        content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        common.command(lambda: nir.main(argv))
-    error = capsys.readouterr().err.strip().splitlines()
-    assert caught.value.code == 2 and message in error[-1] and error[-1].count("error: ") == 1
-    assert error[:-1] in ([], [f"usage: {Path(sys.argv[0]).name} [options]"])
-
-
-def test_a_broken_image_ends_a_run_with_its_name_also_from_a_worker_process(photos, tmp_path, capsys):
-    shutil.copytree(photos, tmp_path / "photos")
-    (tmp_path / "photos/class0/0.png").write_bytes(b"broken")
-    with pytest.raises(SystemExit) as caught:
-        common.command(lambda: train(tmp_path / "photos", tmp_path / "out0", "--workers", 0))
-    done = run(*SMALL, "--data_root", tmp_path / "photos", "--workers", 1, "--out", tmp_path / "out1")
-    for code, error in ((caught.value.code, capsys.readouterr().err), (done.returncode, done.stderr)):
-        assert code == 2, error
-        assert error.strip().splitlines()[-1].startswith(f"error: {tmp_path}/photos/class0/0.png is not a readable")
-        assert "Traceback" not in error
-
-
-def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"args": Code(), "network": {}, "epoch": 1}, "evil.pt")
-    for content in (b"text", b""):
-        Path("text.pt").write_bytes(content)
-        with pytest.raises(UserError, match="text.pt is not a checkpoint"):
-            common.load_checkpoint("text.pt", "--resume")
-    with pytest.raises(UserError, match="evil.pt is not a checkpoint, or holds more than tensors"):
-        common.load_checkpoint("evil.pt", "--resume")
+    path = write(Path("a.pt"), content)
+    with refused(f"checkpoint a.pt {message}"):
+        common.load_network(path)
     assert not Path("executed").exists()
-    torch.save({"something": 1}, "other.pt")
-    with pytest.raises(UserError, match="other.pt is not a checkpoint of these scripts"):
-        common.load_checkpoint("other.pt", "--resume")
+
+
+def test_a_run_says_how_it_was_made(photos, tmp_path, monkeypatch, capsys):
+    argv = ["nir.py", "--data_root", "my photos"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(common, "commit", lambda: "abc")
+    train(photos, tmp_path, "--epochs", 1)
+    made = read_json(tmp_path / "args.json")
+    assert made["command"] == "python nir.py --data_root 'my photos'"
+    assert (made["commit"], made["torch"], made["epochs"]) == ("abc", torch.__version__, 1)
+    assert made["fixed"] == common.defaults(nir.ProxyAnchor, nir.GlowFlow)
+    pictures = f"python evaluate.py --checkpoint {tmp_path / 'best.pt'} --pictures"
+    assert pictures in capsys.readouterr().out
+
+
+def test_the_commit_has_a_plus_where_files_differ(tmp_path, monkeypatch):
+    file = tmp_path / "common.py"
+    monkeypatch.setattr(common, "__file__", str(file))
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    assert common.commit() == "unknown"
+    file.write_text("a")
+    for command in ("init -q", "add .", "commit -qm a"):
+        subprocess.run([*git, *command.split()], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
+    clean = common.commit()
+    file.write_text("b")
+    assert head.startswith(clean) and common.commit() == clean + "+"
+
+
+def test_a_trained_network_embeds_images_as_the_evaluation_does(trained, photos):
+    network, prepare = common.load_network(trained / "best.pt", device="cpu")
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    test = data.load("folder", photos)[1]
+    pixels = torch.stack([prepare(Image.open(path)) for path in test.images])
+    args = argparse.Namespace(**read_json(trained / "args.json"))
+    embeddings = network(pixels)
+    assert torch.equal(common.embed(network.train(), test, args, CPU), embeddings)
+    assert torch.equal(prepare(test.images[0]), pixels[0])
+
+
+def test_evaluate_alone_finds_what_the_training_found(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    argv = "--checkpoint", folder / "best.pt", "--pictures", "--device", "cpu"
+    process = start(ROOT / "evaluate.py", *argv)
+    shown, errors = process.communicate()
+    assert process.returncode == 0, errors
+    results, metrics = read_json(folder / "results.json"), read_json(folder / "metrics.json")
+    assert_same(metrics, results["best"])
+    for name in ("rejection.csv", "retrieval.png", "norms.png"):
+        assert (folder / name).exists() and str(folder / name) in shown
+
+
+# ------------------------------------------------------------------------------ the command line
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--arch", "resnet50"], "--arch resnet50 contradicts"), (["--dataset", "toy"], "--dataset toy contradicts"),
-    (["--nir_weight", "0.5"], "--nir_weight 0.5 contradicts")])
-def test_resuming_with_other_settings_names_the_contradiction(trained, argv, message):
-    with pytest.raises(UserError, match=message):
-        nir.main(["--resume", str(trained / "last.pt"), *argv])
+    ("--dataset cars", "invalid choice: 'cars'"),
+    ("--loss triplet", "invalid choice: 'triplet'"),
+    ("--nirweight 0", "unrecognized arguments: --nirweight 0"),
+    ("--batch_size -2", "--batch_size: -2 is not above 0 and below inf"),
+    ("--batch_size 7", "--batch_size 7 is odd"),
+    ("--lr fast", "invalid positive float value: 'fast'"),
+    ("--lr inf", "--lr: inf is not above 0 and below inf"),
+    ("--lr nan", "--lr: nan is not above 0 and below inf"),
+    ("--proxy_lr 4000", "4000 is not above 0 and at most 1: rates are absolute, not multiples"),
+    ("--proxy_lr 0", "--proxy_lr: 0 is not above 0"),
+    ("--flow_lr fast", "invalid learning rate value: 'fast'"),
+    ("--nir_weight -1", "--nir_weight: -1 is not at least 0 and below inf"),
+    ("--nir_weight much", "invalid non-negative float value: 'much'"),
+    ("--warmup 1.5", "invalid non-negative int value: '1.5'"),
+    ("--val_fraction 1", "--val_fraction: 1 is not at least 0 and below 1"),
+    ("--weights imagenet", "--weights imagenet needs --arch resnet50: for conv4 give"),
+    ("--pooling double", "--pooling double needs a backbone with a layer `avgpool`"),
+    ("--device gpu", "--device gpu cannot be used"),
+    ("--image_size 15", "--image_size 15 is too small"),
+    ("--embed_dim 1", "error: --embed_dim 1 is too small: a coupling flow needs at least two"),
+    ("--data_root nowhere", "nowhere is no folder, or there is no image below it"),
+    ("--dataset cars196 --data_root .", "official address is dead"),
+    ("--out /proc/nothing", "give another one with --out"),
+    ("--resume nothing.pt", "--resume nothing.pt does not exist"),
+    ("--resume .", "--resume . is a folder"),
+])
+def test_mistakes_are_one_sentence_and_exit_code_2(
+        argv, message, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = [*SMALL, "--data_root", str(photos), *argv.split()]
+    with pytest.raises(SystemExit, match="^2$"):
+        common.command(lambda: nir.main(given))
+    *usage, error = capsys.readouterr().err.strip().splitlines()
+    assert message in error and error.count("error: ") == 1
+    assert usage in ([], [f"usage: {Path(sys.argv[0]).name} [options]"])
 
 
-def test_resuming_with_the_other_script_is_refused(trained):
-    with pytest.raises(UserError, match="is a run of another script or version"):
-        prob_dml.main(["--resume", str(trained / "last.pt")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_also_by_a_worker(workers, tmp_path, capfd):
+    photos = make_photos(tmp_path / "photos")
+    broken = photos / "class0/0.png"
+    broken.write_bytes(b"broken")
+    argv = "--workers", workers, "--batch_size", 40
+    with pytest.raises(SystemExit, match="^2$"):
+        common.command(lambda: train(photos, tmp_path / "run", *argv))
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].startswith(f"error: {broken} is not a readable")
+    assert "Traceback" not in error
 
 
-def test_a_checkpoint_of_before_is_evaluated_and_resuming_it_names_what_changed(photos, tmp_path):
-    """Its settings know no --form and no --precision, its loss holds the logarithm of T."""
-    saved = train(photos, tmp_path / "run", "--epochs", 1, main=prob_dml.main)
-    args = {key: value for key, value in saved["args"].items() if key not in ("form", "precision", "usual_batch_size")}
-    saved["args"] = {**args, "normalizer": "exact"}
-    saved["criterion"]["proxies.log_temperature"] = saved["criterion"].pop("proxies.temperature").log()
-    torch.save(saved, tmp_path / "run/last.pt")
-    with pytest.raises(UserError, match="another script or version, which knows no --form, --precision"):
-        prob_dml.main(["--resume", str(tmp_path / "run/last.pt")])
-    evaluate.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--device", "cpu"])
-    expected = json.loads((tmp_path / "run/results.json").read_text())["last"]["recall@1"]
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["recall@1"] == expected
+def test_a_worker_that_is_killed_is_told_in_one_line(capsys):
+
+    def killed():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(SystemExit, match="^2$"):
+        common.command(killed)
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: a process that loads images was ended, ")
+    assert "use --workers 0" in error
 
 
-def test_a_run_says_how_it_was_made(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "nir.py"), "--data_root", "my photos"])
-    monkeypatch.chdir(ROOT)
-    train(photos, tmp_path / "run", "--epochs", 1)
-    made = json.loads((tmp_path / "run/args.json").read_text())
-    assert made["command"] == "python nir.py --data_root 'my photos'" and made["torch"] == torch.__version__
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert made["commit"] == "unknown" if git.returncode else git.stdout.startswith(made["commit"].rstrip("+"))
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_mistake_in_the_code_keeps_its_traceback(error):
+
+    def wrong():
+        raise error("not the user's")
+
+    with pytest.raises(error, match="not the user's"):
+        common.command(wrong)
 
 
-def test_resuming_on_other_data_is_refused(trained, photos, tmp_path):
-    for c in range(6):
-        shutil.copytree(photos / f"class{c}", tmp_path / f"class{c}")
-    saved = torch.load(trained / "last.pt", weights_only=True)
-    saved["args"]["batch_size"] = 6
-    torch.save(saved, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="not the last.pt of a run with this data set and loss .RuntimeError: size mismatch"):
-        nir.main(["--resume", str(tmp_path / "last.pt"), "--data_root", str(tmp_path)])
+def test_an_interrupt_before_there_is_a_checkpoint_is_one_line(monkeypatch, capsys):
+    signals = []
+    monkeypatch.setattr(signal, "signal", lambda *given: signals.append(given))
+    monkeypatch.setattr(signal, "raise_signal", signals.append)
 
-
-def test_a_checkpoint_whose_network_is_another_is_refused(trained, tmp_path):
-    saved = torch.load(trained / "last.pt", weights_only=True)
-    saved["args"]["arch"] = "resnet50"
-    with pytest.raises(UserError, match="does not hold the network its settings name"):
-        common.build_network(type("Args", (), saved["args"]), saved)
-
-
-def test_an_interrupt_before_there_is_a_run_is_one_line(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as caught:
-        common.command(interrupted)
-    assert caught.value.code == 130 and "nothing to resume" in capsys.readouterr().err
+
+    common.command(interrupted)
+    assert signals == [(signal.SIGINT, signal.SIG_DFL), signal.SIGINT]
+    assert "nothing to resume" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- as a user
-
-def test_evaluate_runs_alone_on_a_checkpoint(trained):
-    done = run("--checkpoint", trained / "best.pt", "--pictures", "--retrieval", "elk", "--device", "cpu",
-               script="evaluate.py")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((trained / "results.json").read_text())["best"]
-    metrics = json.loads((trained / "metrics.json").read_text())
-    assert_same({key: metrics[key] for key in results}, results)
-    assert "norm_auroc" in results and "map@1000" in done.stdout
-    assert 0 < metrics["recall@1 elk"] <= metrics["recall@8 elk"] <= 1
-    assert (trained / "rejection.csv").read_text().startswith("rejected,error\n0.0,")
-    for name in ("retrieval.png", "norms.png"):
-        assert Image.open(trained / name).size[0] > 100
-        assert str(trained / name) in done.stdout
-    done = run("--checkpoint", trained / "args.json", script="evaluate.py")
-    assert done.returncode == 2 and done.stderr.startswith("error: --checkpoint")
+@pytest.mark.parametrize("argv, expected", [
+    ("", "resnet50 128 imagenet 224 photo"),
+    ("--weights none", "resnet50 128 none 224 photo"),
+    ("--arch conv4", "conv4 128 none 64 light"),
+    ("--dataset toy", "conv4 64 none 32 light"),
+    ("--dataset toy --arch resnet50", "resnet50 64 imagenet 224 photo"),
+    ("--arch conv4 --image_size 48 --augment photo", "conv4 128 none 48 photo"),
+])
+def test_network_and_images_fit_each_other_by_default(argv, expected, monkeypatch):
+    args = vars(started(monkeypatch, nir, *argv.split())[0])
+    names = "arch embed_dim weights image_size augment".split()
+    assert [str(args[name]) for name in names] == expected.split()
 
 
-def test_a_trained_network_embeds_pictures_of_any_mode_as_the_evaluation_does(trained, photos):
-    network, prepare = common.load_network(str(trained / "best.pt"), device="cpu")
-    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
-    test = data.load("folder", photos)[1]
-    embeddings = network(torch.stack([prepare(Image.open(path)) for path in test.images]))
-    args = argparse.Namespace(**json.loads((trained / "args.json").read_text()))
-    torch.testing.assert_close(embeddings, common.embed(network, test, args, torch.device("cpu")), rtol=0, atol=0)
-    assert torch.equal(prepare(test.images[0]), prepare(Image.open(test.images[0])))
-    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"):
-        image = Image.open(test.images[0]).convert("L" if mode in ("I;16", "F") else "RGB").convert(mode)
-        pixels = prepare(image)
-        assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
-        assert torch.equal(pixels, prepare(image.convert("RGB")))
-        assert network(torch.stack([pixels])).shape == (1, 8)
+def test_each_process_has_as_many_workers_as_cpus(monkeypatch):
+
+    def workers(*argv):
+        return started(monkeypatch, nir, *argv)[0].workers
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(24)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert workers() == 24
+    assert workers("--dataset", "toy") == 0
+    assert workers("--dataset", "toy", "--workers", "3") == 3
+    for processes, expected in (("5", 4), ("24", 1), ("100", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert workers() == expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delattr(os, "sched_getaffinity")            # other systems have none
+    assert workers() == 7
 
 
-@pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"text", "is not a checkpoint, or holds more"),
-                                              ({"epoch": 1}, "is not a checkpoint of these scripts")])
-def test_no_network_is_loaded_from_what_is_no_checkpoint(tmp_path, content, message):
-    if isinstance(content, bytes):
-        (tmp_path / "a.pt").write_bytes(content)
-    elif content:
-        torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=f"a.pt {message}") as caught:
-        common.load_network(tmp_path / "a.pt")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("script", [nir, prob_dml, objectives])
+def test_help_lists_all_options_with_defaults_and_the_settings_that_result(
+        script, monkeypatch, capsys):
+    argv = ["--dataset", "toy", "--epochs", "7"]
+    with pytest.raises(SystemExit, match="^0$"):
+        script.main([*argv, "--help"])
+    options, settings = capsys.readouterr().out.split("\nsettings of")
+    blocks = options.split("\n  --")[1:]
+    assert len(blocks) > 25
+    assert all("Default:" in block or block.startswith("resume") for block in blocks)
+    shown = dict(line.split(maxsplit=1) for line in settings.splitlines()[1:])
+    args = vars(started(monkeypatch, script, *argv)[0])
+    expected = {**args.pop("fixed"), **args, "batch_size": args.pop("usual_batch_size")}
+    for name in args.keys() - common.MAY_DIFFER:
+        assert shown[name] == str(expected[name])
+
+
+BORROWED = """
+import sys
+import torch
+embeddings, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+others = {"common", "data", "evaluate", "torchvision", "scipy"}
+for name, loss in [
+    ("nir", "nir.NIR(nir.ProxyAnchor(3, 8), 8)"),
+    ("prob_dml", "prob_dml.Criterion(prob_dml.ProbabilisticProxies(3, 8), 1.0)"),
+    ("objectives", "objectives.Objective(objectives.Margin(3), 'distance')"),
+]:
+    exec(f"import {name}")
+    sum(eval(loss).losses(embeddings, labels).values()).backward()
+    print(name, sorted({*others, "objectives", "prob_dml"} & set(sys.modules)))
+    others -= {name}
+"""
+
+
+def test_losses_can_be_borrowed_without_the_rest(tmp_path):
+    """In a folder of their own they need torch and numpy alone."""
+    for name in ("nir", "prob_dml", "objectives"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", BORROWED], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "nir []", "prob_dml ['prob_dml']", "objectives ['objectives', 'prob_dml']"]
 
 
 WAITING = """
@@ -836,8 +934,8 @@ import os, sys
 class Watch:
     def find_spec(self, name, *_):
         if name == "torch":
-            print(os.environ["OMP_WAIT_POLICY"])
-            os._exit(sys.stdout.flush() or 0)
+            print(os.environ["OMP_WAIT_POLICY"], flush=True)
+            os._exit(0)
 sys.meta_path.insert(0, Watch())
 sys.path.insert(0, sys.argv[1])
 __import__(sys.argv[2])
@@ -845,116 +943,158 @@ __import__(sys.argv[2])
 
 
 @pytest.mark.parametrize("script", ["nir", "prob_dml", "objectives", "evaluate"])
-def test_idle_threads_sleep_in_every_script_unless_the_user_wants_otherwise(script):
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    for own, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        done = subprocess.run([sys.executable, "-c", WAITING, ROOT, script], capture_output=True, text=True,
-                              env={**environment, **own})
-        assert (done.stdout, done.stderr) == (expected + "\n", "")                  # so before torch was loaded
+def test_idle_threads_sleep_unless_the_user_wants_otherwise(script):
+    """The variable is set before torch is loaded."""
+    unset = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", WAITING, ROOT, script]
+    for given, expected in (({}, "PASSIVE\n"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE\n")):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**unset, **given})
+        assert (done.stdout, done.stderr) == (expected, "")
 
 
-def test_help_lists_every_option_with_its_default(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
-        nir.main(["--help"])
-    shown = capsys.readouterr().out
-    assert "nir_weight" in shown
-    options = shown.split("\nsettings of")[0].split("\n  --")[1:]
-    assert all("Default:" in block for block in options if not block.startswith("resume")) and len(options) > 25
+# ----------------------------------------------------------------------------- several processes
 
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="set DML_TEST_DATA to a folder with CUB_200_2011 and others")
-def test_real_drawings_train_and_evaluate(tmp_path):
-    done = run("--dataset", "folder", "--data_root", REAL / "omniglot", "--arch", "conv4", "--image_size", 16,
-               "--epochs", 1, "--device", "cpu", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results.json").read_text())["last"]["recall@1"] > 0.2
-
-
-# ---------------------------------------------------------------------------------------------------- several processes
-
-SEVERAL = '''
-import os, sys
-sys.path.insert(0, {root!r})
+SEVERAL = """
+import os
+import sys
 import common, nir, prob_dml
 import torch
-torch.set_default_dtype(torch.float64)
+
+folder, *settings = sys.argv[1:]
+os.chdir(folder)
+plain, save_file = common.Network, common.save_file
+
 
 class Network(common.Network):
-    frozen = True                                    # BatchNorm as with ImageNet weights
+    '''In float64 and with frozen BatchNorm: no rounding, no statistics of a process's own.'''
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{{**kwargs, "freeze_norm": self.frozen}})
+        super().__init__(*args, **{**kwargs, "freeze_norm": True})
 
     def forward(self, images):
         return super().forward(images.double())
 
+
+def save_and_stop(path, content):
+    save_file(path, content)
+    if path.name == "log.csv":
+        raise KeyboardInterrupt
+
+
 common.Network = Network
-settings = {settings!r} + ["--epochs", "2", "--warmup", "1"]
-nir.main(settings + ["--out", sys.argv[1] + "/nir", "--nir_form", "nll", "--nir_weight", "0.1"])
-prob_dml.main(settings + ["--out", sys.argv[1] + "/elk", "--proxyanchor_weight", "1"])
-Network.frozen = False
-os.makedirs(sys.argv[1] + "/runs/folder-proxyanchor-baseline-seed0", exist_ok=True)
-os.chdir(sys.argv[1])
-nir.main(settings + ["--lr", "0.1", "--nir_weight", "0"])                     # its name is taken: rank 0 finds another
-'''
+torch.set_default_dtype(torch.float64)
+nir.main([*settings, "--out", "nir", "--nir_weight", "0.1"])
+prob_dml.main([*settings, "--out", "elk", "--proxyanchor_weight", "1"])
+
+common.Network = plain
+torch.set_default_dtype(torch.float32)
+free = [*settings, "--lr", "0.01", "--nir_weight", "0"]
+os.makedirs("runs/folder-proxyanchor-baseline-seed0", exist_ok=True)
+nir.main(free)
+common.save_file = save_and_stop
+try:
+    nir.main([*free, "--out", "stopped"])
+except KeyboardInterrupt:
+    pass
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()           # as common.command does
+"""
 
 
-def test_two_processes_train_what_one_does(photos, tmp_path):
-    """Three steps with the backbone fixed, then three that train it."""
-    script = tmp_path / "several.py"
-    script.write_text(SEVERAL.format(root=str(ROOT), settings=SMALL + ["--data_root", str(photos)]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    one, two = [subprocess.Popen([*start, script, tmp_path / str(number)], env=environment, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                for number, start in ((1, [sys.executable]), (2, torchrun))]
-    outputs = [process.communicate(timeout=250) for process in (one, two)]
-    assert (one.returncode, two.returncode) == (0, 0), outputs
-    assert outputs[1][0].count("epoch   1/2") == 3 and "arning" not in outputs[1][1]      # rank 0 alone prints
-    for name in ("nir", "elk"):
-        single, shared = [torch.load(tmp_path / number / name / "last.pt", weights_only=True) for number in "12"]
-        for a, b in zip(single["optimizer"]["state"].values(), shared["optimizer"]["state"].values()):
-            assert torch.allclose(a["exp_avg"], b["exp_avg"], rtol=1e-6, atol=1e-9)    # Adam itself hides gradients' scale
-        for part in ("network", "criterion"):
-            for key, value in single[part].items():
-                assert torch.allclose(value.double(), shared[part][key].double(), rtol=0, atol=1e-6), (name, key)
-        for a, b in zip(single["history"], shared["history"]):
-            assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx(
-                {k: v for k, v in b.items() if k != "seconds"}, abs=1e-6)
-    # Where BatchNorm learns, each process normalises by its own share; but all evaluate with the averages that are saved.
-    free = tmp_path / "2/runs/folder-proxyanchor-baseline-seed0-2"
-    history = torch.load(free / "last.pt", weights_only=True)["history"]
-    saved = json.loads((free / "results.json").read_text())["last"]
-    assert len(list(free.parent.iterdir())) == 2
-    assert history[-1]["test_recall@1"] == saved["recall@1"]
+# Its name is taken, so the run gets another.
+FREE = "runs/folder-proxyanchor-baseline-seed0-2"
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """Folders of the runs of SEVERAL in one process and in two, and what the two printed."""
+    root = tmp_path_factory.mktemp("several")
+    photos = make_photos(root / "photos", sizes=(5,) * 7 + (4,), noise=1)
+    script = root / "several.py"
+    script.write_text(SEVERAL)
+    argv = *SMALL, "--data_root", photos, "--epochs", 2, "--warmup", 1
+    started = []
+    for number in (1, 2):
+        folder = root / str(number)
+        folder.mkdir()
+        started.append(start(script, folder, *argv, processes=number))
+    outputs = [process.communicate(timeout=250) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    return root / "1", root / "2", outputs[1]
+
+
+@pytest.mark.parametrize("name", ["nir", "elk"])
+def test_two_processes_train_what_one_does(name, one_and_two):
+    """In the first epoch the backbone is fixed, in the second it is trained."""
+    one, two = [read_checkpoint(folder / name / "last.pt") for folder in one_and_two[:2]]
+    # Adam hides the scale of gradients; their averages, which it keeps, show it.
+    states = one["optimizer"]["state"], two["optimizer"]["state"]
+    for a, b in zip(*(state.values() for state in states)):
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-6, atol=1e-9)
+    for part in ("network", "criterion"):
+        torch.testing.assert_close(one[part], two[part], rtol=0, atol=1e-6)
+    for a, b in zip(one["history"], two["history"]):
+        a["seconds"] = b["seconds"]
+        assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_the_first_process_alone_prints_and_finds_a_new_folder(one_and_two):
+    _, two, (printed, errors) = one_and_two
+    assert printed.count("epoch   1/2") == 4
+    assert "arning" not in errors
+    assert (two / FREE).is_dir() and len(list((two / "runs").iterdir())) == 2
+
+
+def test_two_processes_evaluate_with_the_averages_that_are_saved(one_and_two):
+    """Where BatchNorm is trained, each process normalises its own part of a batch."""
+    free = one_and_two[1] / FREE
+    last = read_checkpoint(free / "last.pt")["history"][-1]
+    assert last["test_recall@1"] == read_json(free / "results.json")["last"]["recall@1"]
+
+
+def test_two_processes_stopped_and_resumed_equal_two_that_were_not_stopped(one_and_two):
+    _, two, _ = one_and_two
+    stopped = two / "stopped"
+    assert read_checkpoint(stopped / "last.pt")["epoch"] == 1
+    resumed = start(ROOT / "nir.py", "--resume", stopped / "last.pt", processes=2)
+    output = resumed.communicate(timeout=250)
+    assert resumed.returncode == 0, output
+    assert_same_runs(stopped, two / FREE)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
+    split = data.Split([None] * 100, torch.zeros(100, dtype=torch.long), ["a"])
+    for world, size, fits in ((3, 8, 6), (3, 2, 6), (4, 90, 88)):
+        monkeypatch.setattr(common, "processes", lambda n=world: (0, n))
+        message = f"--batch_size {size} cannot be shared by {world} processes: try {fits}$"
+        with refused(message):
+            common.training_loader(small_settings(batch_size=size), split, CPU)
+
+
+def test_rank_0_alone_warns_and_shows_progress(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", None)
+    monkeypatch.setattr(data.time, "monotonic", itertools.count(step=100).__next__)
+
+    def main():
+        warnings.showwarning("careful")
+        list(data.progress(range(3), 3, "counting"))
+
+    for rank in (0, 1):
+        for module in (common, data):
+            monkeypatch.setattr(module, "processes", lambda r=rank: (r, 2))
+        common.command(main)
+        error = capsys.readouterr().err
+        assert ("careful" in error, "counting 1/3" in error) == (rank == 0, rank == 0)
 
 
 def test_what_ends_the_first_process_is_told_by_that_alone(monkeypatch):
-    def cut():
+
+    def barrier():
         raise RuntimeError("Connection closed by peer\nand where in C++")
+
     monkeypatch.setattr(data, "processes", lambda: (1, 2))
-    monkeypatch.setattr(data.dist, "barrier", cut)
-    with pytest.raises(UserError, match="waiting for the first process failed .Connection closed by peer.; its own message says why"):
+    monkeypatch.setattr(data.dist, "barrier", barrier)
+    message = "the first process failed .Connection closed by peer.; its own message says why"
+    with refused(message):
         data.load_splits(None)
-
-
-@pytest.mark.filterwarnings("ignore:.*training class.es. have one image")
-def test_classes_of_one_image_are_refused_before_the_training(tmp_path, monkeypatch):
-    for c in range(8):
-        for i in range(2 if c < 2 else 1):                             # 2 classes train, with 0.5 two validate, 4 test
-            (tmp_path / f"data/{c}").mkdir(parents=True, exist_ok=True)
-            torchvision.utils.save_image(torch.rand(3, 20, 20), tmp_path / f"data/{c}/{i}.png")
-    monkeypatch.setattr(common, "make_run_folder", lambda *_: pytest.fail("the run has begun"))
-    with pytest.raises(UserError, match="no test or validation class of .*data has two images"):
-        train(tmp_path / "data", tmp_path / "run")
-    shutil.copy(tmp_path / "data/7/0.png", tmp_path / "data/7/1.png")                              # one will do
-    with pytest.raises(UserError, match="no test or validation class of .*data has two images"):
-        train(tmp_path / "data", tmp_path / "run", "--val_fraction", 0.5)
-    assert data.load_splits(argparse.Namespace(dataset="folder", data_root=tmp_path / "data", corrupt=False, val_fraction=0.0))
-
-
-def test_a_batch_that_the_processes_cannot_share_is_an_error(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "processes", lambda: (0, 3))
-    monkeypatch.setattr(common.dist, "barrier", lambda: None)
-    with pytest.raises(UserError, match="--batch_size 8 cannot be shared by 3 processes: try 6"):
-        train(photos, tmp_path / "run")

@@ -7,12 +7,15 @@ import http.server
 import itertools
 import math
 import os
+import re
 import shutil
 import socket
+import struct
 import sys
 import tarfile
 import threading
 import urllib.error
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import scipy.io
 import scipy.stats
 import torch
 from conftest import REAL, needs_real
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 import data
@@ -67,11 +70,15 @@ def test_progress_shows_the_time_left_from_the_time_taken(monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------ readers
 
-def make_cub(root, images=None, labels=None):
-    """Ids neither sorted nor dense, so that only a join by id reads them right."""
+def make_cub(root, images=None, labels=None, empty=()):
+    """Ids neither sorted nor dense, so that only a join by id reads them right.
+
+    Four classes, and as many more without a picture as `empty` names.
+    """
     base = root / "CUB_200_2011"
-    names = [f"{c + 1:03d}.Bird {c}" for c in range(4)]
-    rows = [(100 - 7 * i, i % 4) for i in range(12)]
+    names = [f"{c + 1:03d}.Bird {c}" for c in range(4 + len(empty))]
+    filled = [c for c in range(len(names)) if c not in empty]
+    rows = [(100 - 7 * i, filled[i % 4]) for i in range(12)]
     for i, c in rows:
         picture(base / "images" / names[c] / f"{i}.jpg")
 
@@ -98,6 +105,36 @@ def test_cub200_joins_its_three_lists_by_id(tmp_path, folder):
     assert train.class_names == ["001.Bird 0", "002.Bird 1"]
     assert test.class_names == ["003.Bird 2", "004.Bird 3"]
     assert_labels_name_the_folders(train, test)
+
+
+# Of six classes, the first three train.
+@pytest.mark.parametrize("empty, trained, tested", [
+    ((0, 4), ["002.Bird 1", "003.Bird 2"], ["004.Bird 3", "006.Bird 5"]),
+    ((2, 3), ["001.Bird 0", "002.Bird 1"], ["005.Bird 4", "006.Bird 5"]),
+    ((1, 5), ["001.Bird 0", "003.Bird 2"], ["004.Bird 3", "005.Bird 4"]),
+])
+def test_classes_without_a_picture_are_left_out_after_the_split(tmp_path, empty, trained, tested):
+    make_cub(tmp_path, empty=empty)
+    with pytest.warns(match=r"left out 2 class\(es\) of cub200 without an image"):
+        train, test = data.load("cub200", tmp_path)
+    assert (train.class_names, test.class_names) == (trained, tested)
+    assert train.labels.unique().tolist() == test.labels.unique().tolist() == [0, 1]
+    assert_labels_name_the_folders(train, test)
+
+
+@pytest.mark.parametrize("name", ["classes", "images", "image_class_labels"])
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path, name):
+    make_cub(tmp_path)
+    plain = data.load("cub200", tmp_path)
+    path = tmp_path / f"CUB_200_2011/{name}.txt"
+    path.write_text(path.read_text(), "utf-8-sig")
+    for split, same in zip(data.load("cub200", tmp_path), plain):
+        assert_close(split.labels, same.labels)
+        assert (split.images, split.class_names) == (same.images, same.class_names)
+
+    path.write_text(path.read_text(), "utf-16")
+    with pytest.raises(UserError, match=f"{name}.txt is missing, empty, no UTF-8 text or does"):
+        data.load("cub200", tmp_path)
 
 
 CAR_NAMES = {"class_names": np.array(["Car 1", "Car 2", "Car 3", "Car 4"], dtype=object)}
@@ -202,18 +239,33 @@ def test_a_folder_has_a_class_for_each_sub_folder_with_pictures(tmp_path):
     assert train.images == [tmp_path / name for name in names]
     assert_labels_name_the_folders(train, test)
     assert [str(warning.message) for warning in caught] == [
-        f"{tmp_path}/empty holds no image and is left out",
+        f"{tmp_path}: left out 1 picture(s) beside the class folders, 1 folder(s) without an image",
         "1 training class(es) have one image, which is paired with itself",
     ]
 
 
-def test_pictures_below_a_folder_have_the_first_folder_of_their_path_as_class(tmp_path):
+@pytest.mark.parametrize("folders", [
+    ["test", "train"], ["all"], ["test", "train", "val"], ["cub/images", "cub/more"],
+])
+def test_a_folder_of_fewer_than_four_classes_is_told_by_its_sub_folders(tmp_path, folders):
+    for folder, c in itertools.product(folders, "abcd"):
+        picture(tmp_path / folder / c / "0.png")
+    names = ", ".join(sorted({folder.split("/")[0] for folder in folders}))
+    message = rf"the sub-folder\(s\) {names}, but four are .*: give a folder that holds a sub"
+    with pytest.raises(UserError, match=message):
+        data.load("folder", tmp_path)
+
+
+def test_pictures_below_a_folder_have_the_first_folder_of_their_path_as_class(
+        tmp_path, monkeypatch):
     shown = ["0.png", "a/1.png", "a/deep/2.jpg", "a-b/0.PNG", "c.png"]
     for name in [*shown, ".hidden.png", "a/.1.png", ".cache/a.png", "a/.cache/a.png"]:
         picture(tmp_path / name)
-    (tmp_path / "a/notes.txt").write_text("no image")
 
-    split = data.load_pictures(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(action="error"):
+        split = data.load_pictures(str(tmp_path))
+        assert torch.equal(data.load_pictures(".").labels, split.labels)
     assert split.images == [tmp_path / name for name in shown]
     assert split.class_names == ["", "a", "a-b"]
     assert split.labels.tolist() == [0, 1, 1, 2, 0]
@@ -222,23 +274,118 @@ def test_pictures_below_a_folder_have_the_first_folder_of_their_path_as_class(tm
             data.load_pictures(folder)
 
 
+def test_links_to_folders_and_files_are_followed_but_not_in_a_circle(tmp_path):
+    root = tmp_path / "photos"
+    picture(root / "a/0.png")
+    picture(tmp_path / "elsewhere/1.png")
+    picture(tmp_path / "elsewhere/deep/2.png")
+    for link, target in {
+        "b": tmp_path / "elsewhere",
+        "a/single.png": tmp_path / "elsewhere/1.png",
+        "a/up": root,
+        "a/self": ".",
+        "c": root / "a",
+    }.items():
+        (root / link).symlink_to(target)
+
+    with pytest.warns() as caught:
+        split = data.load_pictures(root)
+    names = [path.relative_to(root).as_posix() for path in split.images]
+    assert names == ["a/0.png", "a/single.png", "b/1.png", "b/deep/2.png"]
+    assert split.class_names == ["a", "b"]
+    message = f"{root}: left out 3 link(s) to a folder that is listed already"
+    assert [str(warning.message) for warning in caught] == [message]
+
+
+def test_what_is_left_out_of_a_folder_is_counted_in_one_warning(tmp_path, monkeypatch):
+    for c in "abcd":
+        picture(tmp_path / c / "0.png")
+    for name in ("a/1.HEIC", "b/1.heic", "b/2.heic", "c/album.pdf", "d/README", "d/.hidden.heic"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a/gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "b/b.png").symlink_to("b.png")
+    picture(tmp_path / "loose.jpg")
+    locked = tmp_path / "c/locked"
+    locked.mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    both = [
+        "5 file(s) that Pillow cannot read (.heic, .pdf, no suffix)",
+        "1 folder(s) that cannot be read (Permission denied)",
+        "2 broken link(s)",
+    ]
+    for read, left_out in {
+        data.load_folder: {*both, "1 picture(s) beside the class folders"},
+        data.load_pictures: set(both),
+    }.items():
+        with pytest.warns() as caught:
+            read(tmp_path)
+        folder, _, message = str(caught.pop().message).partition(": left out ")
+        assert folder == str(tmp_path) and caught.list == []
+        assert set(re.split(r", (?=\d)", message)) == left_out
+
+
+def test_a_folder_without_one_readable_picture_says_what_it_holds(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        (tmp_path / f"a/{i}.heic").write_bytes(b"")
+    message = r"image below it \(left out: 3 file\(s\) that Pillow cannot read \(.heic\), 1 folder"
+    with pytest.raises(UserError, match=message):
+        data.load_pictures(tmp_path)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A reader of one's own: four classes of a file and an array each."""
+    def read(root):
+        assert root == str(tmp_path)
+        files = [picture(tmp_path / f"{i}.png") for i in range(4)]
+        arrays = list(np.zeros((4, 8, 8), dtype=np.uint8))
+        return data.halves(data.Split([*files, *arrays], torch.arange(4).repeat(2), [*"abcd"]))
+
+    monkeypatch.setitem(data.LOADERS, "mine", read)
+
+
+def test_a_reader_of_ones_own_is_registered_in_one_place(mine, tmp_path):
+    args = argparse.Namespace(dataset="mine", data_root=str(tmp_path), val_fraction=0)
+    train, _, test = data.load_splits(args)
+    assert (train.class_names, test.class_names) == (["a", "b"], ["c", "d"])
+    assert train.labels.tolist() == test.labels.tolist() == [0, 1, 0, 1]
+    assert data.usual_ks("mine") == (1, 2, 4, 8)
+
+
+def test_a_published_split_of_ones_own_is_compared(mine, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.PUBLISHED, "mine", (4, 5))
+    with pytest.warns(match="4 training and 4 test images of mine, the published split 4 and 5"):
+        data.load("mine", str(tmp_path))
+
+
 @pytest.mark.parametrize("name, make, message", [
     ("cub200", lambda root: make_cub(root, images=["1 gone"]), "no class for the id '1'"),
     ("cub200", lambda root: make_cub(root, labels=["100 9"]), "no class for the id '9'"),
-    ("cub200", lambda root: make_cub(root, labels=["1"]), "labels.txt is empty or does not have 2"),
-    ("cub200", lambda root: make_cub(root, labels=[" "]), "labels.txt is empty or does not have 2"),
+    ("cub200", lambda root: make_cub(root, labels=["1"]), "labels.txt is .* or does not have 2"),
+    ("cub200", lambda root: make_cub(root, labels=[" "]), "labels.txt is missing, empty,"),
     ("cub200", lambda root: make_cub(root, images=["100 gone.jpg"]),
      "1 listed images are missing, the first is .*images/gone.jpg: unpack"),
     ("cub200", lambda root: make_cub(root, images=["100 001.Bird 0/100.jpg"]),
-     "holds 1 training and 0 test images of cub200: get the whole set"),
+     "images of 1 training and 0 test classes of cub200, but both need two: get the whole"),
+    ("cub200", lambda root: make_cub(root, ["100 001.Bird 0/100.jpg", "86 003.Bird 2/86.jpg"]),
+     "images of 1 training and 1 test classes of cub200"),
     ("cub200", lambda root: (root / "CUB_200_2011").mkdir(), "holds no images.txt: delete the"),
     ("cars196", lambda root: None, "not found in .*data, .* put there either car_ims.tgz and"),
     ("cars196", lambda root: make_new_cars(root).unlink(), "withlabels.mat is missing: put it"),
     ("folder", Path.rmdir, "data is no folder"),
     ("folder", lambda root: None, "data is no folder, or there is no image below it"),
-    ("folder", lambda root: picture(root / "a.png"), "data holds 0 class.*: give the folder that"),
-    ("folder", lambda root: picture(root / "a/a.png"), "data holds 1 class.*, but training and"),
+    ("folder", lambda root: picture(root / "a.png"), "below it .left out: 1 picture.* beside the"),
+    ("folder", lambda root: picture(root / "a/a.png"), "data holds 1 class.es., .* a, but four"),
 ])
+@pytest.mark.filterwarnings("ignore:.*left out . class")
 def test_mistakes_in_data_sets_are_named(tmp_path, name, make, message):
     root = tmp_path / "data"
     root.mkdir()
@@ -310,8 +457,9 @@ def server(tmp_path, monkeypatch):
     server.cut = -1
     server.timeouts = []
     url = f"http://127.0.0.1:{server.server_port}/birds.tar.gz"
-    monkeypatch.setattr(data, "CUB_URL", url)
-    monkeypatch.setattr(data, "CUB_MD5", hashlib.md5(server.archive.read_bytes()).hexdigest())
+    server.digest = hashlib.md5(server.archive.read_bytes()).hexdigest()
+    entry = (url, server.digest, "CUB_200_2011", "images.txt")
+    monkeypatch.setitem(data.ARCHIVES, "cub200", entry)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.shutdown()
@@ -324,6 +472,29 @@ def test_a_missing_data_set_downloads_itself_once(server, root):
     assert sorted(os.listdir(root)) == ["CUB_200_2011", "birds.tar.gz"]
     assert server.timeouts == [60]
     assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("cub200", "CUB_200_2011"), ("sop", "Stanford_Online_Products"),
+])
+def test_nothing_is_downloaded_where_that_is_not_allowed(tmp_path, name, folder):
+    args = argparse.Namespace(dataset=name, data_root=tmp_path, val_fraction=0)
+    for load in (
+        lambda: data.load(name, tmp_path, download=False),
+        lambda: data.load_splits(args, download=False),
+    ):
+        message = f"^{folder} is not in {tmp_path}: give --data_root the folder that holds it$"
+        with pytest.raises(UserError, match=message):
+            load()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_there_loads_without_a_download(tmp_path):
+    make_cub(tmp_path)
+    make_old_cars(tmp_path)
+    for name, classes in {"cub200": 2, "cars196": 2, "toy": 100}.items():
+        train, _ = data.load(name, tmp_path, download=False)
+        assert len(train.class_names) == classes
 
 
 def test_a_cut_download_leaves_nothing_so_that_running_again_works(server, root):
@@ -349,7 +520,8 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(server, root, monk
 
     server.archive.unlink()
     assert_fails("birds.tar.gz failed .File not found.; run again")
-    monkeypatch.setattr(data, "CUB_URL", "http://127.0.0.1:9/a.tgz")
+    entry = ("http://127.0.0.1:9/a.tgz", *data.ARCHIVES["cub200"][1:])
+    monkeypatch.setitem(data.ARCHIVES, "cub200", entry)
     assert_fails("a.tgz failed .*refused.; run again")
     monkeypatch.setattr(torch.hub, "download_url_to_file", full)
     assert_fails("the disk is full: make room and run again")
@@ -359,7 +531,7 @@ def test_an_archive_in_place_is_unpacked_if_its_digest_is_right_and_never_overwr
     root.mkdir(parents=True)
     archive = root / "birds.tar.gz"
     archive.write_bytes(b"mine")
-    digests = f"{hashlib.md5(b'mine').hexdigest()} instead of {data.CUB_MD5}"
+    digests = f"{hashlib.md5(b'mine').hexdigest()} instead of {server.digest}"
     with pytest.raises(UserError, match=f"{archive} has the MD5 digest {digests}: delete it and"):
         data.load("cub200", root)
     assert archive.read_bytes() == b"mine"
@@ -492,8 +664,209 @@ def test_a_file_that_is_no_whole_image_is_named(tmp_path):
     path = picture(tmp_path / "bad.jpg", GRADIENT)
     for content in (b"", b"not an image", path.read_bytes()[:1500]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="bad.jpg is not a readable image"):
+        with pytest.raises(UserError, match="bad.jpg is not a readable image .*: unpack the data"):
             data.read_image(path)
+
+
+@pytest.fixture
+def corner():
+    """A white picture of 40 x 20 pixels, whose upper left corner is black."""
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (0, 0, 10, 10))
+    return image
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def dark_corners(image):
+    """(row, column) of black corners: 0 is above or left, -1 is below or right."""
+    grey = np.asarray(image.convert("L"))
+    return [corner for corner in itertools.product((0, -1), repeat=2) if grey[corner] < 50]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation, size, black", [
+    (1, (40, 20), (0, 0)),
+    (2, (40, 20), (0, -1)),
+    (3, (40, 20), (-1, -1)),
+    (4, (40, 20), (-1, 0)),
+    (5, (20, 40), (0, 0)),
+    (6, (20, 40), (0, -1)),
+    (7, (20, 40), (-1, -1)),
+    (8, (20, 40), (-1, 0)),
+    (0, (40, 20), (0, 0)),
+    (9, (40, 20), (0, 0)),
+])
+def test_pictures_are_turned_as_exif_says(tmp_path, corner, suffix, orientation, size, black):
+    path = tmp_path / f"a.{suffix}"
+    corner.save(path, exif=exif(orientation))
+    for source in (path, Image.open(path)):
+        image = data.read_image(source)
+        assert (image.mode, image.size) == ("RGB", size)
+        assert dark_corners(image) == [black]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
+def test_a_large_jpeg_is_reduced_and_turned(tmp_path, corner, mode):
+    path = tmp_path / "a.jpg"
+    corner.resize((4000, 2000)).convert(mode).save(path, exif=exif(6))
+    image = data.read_image(path, data.test_transform(224, "photo"))
+    assert image.size == (500, 1000)
+    assert dark_corners(image) == [(0, -1)]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "1"])
+def test_pictures_of_any_mode_are_turned(tmp_path, corner, mode):
+    path = tmp_path / "a.png"
+    grey = np.asarray(corner.convert("L"))
+    image = Image.fromarray(grey * np.uint16(257)) if mode == "I;16" else corner.convert(mode)
+    image.save(path, exif=exif(6))
+    assert dark_corners(data.read_image(path)) == [(0, -1)]
+
+
+WHOLE = exif(6).tobytes()
+
+
+# The last two are an orientation in text, and one that is missing.
+@pytest.mark.parametrize("block", [
+    b"Exif\0\0", b"Exif\0\0what is this", WHOLE[:12], WHOLE.replace(b"\x12\0\3", b"\x12\0\2"),
+    WHOLE[:-9],
+])
+@pytest.mark.filterwarnings("ignore")
+def test_broken_exif_is_as_good_as_none(tmp_path, corner, block):
+    path = tmp_path / "a.jpg"
+    corner.save(path, exif=block)
+    plain = tmp_path / "plain.jpg"
+    corner.save(plain)
+    assert np.array_equal(data.read_image(path), data.read_image(plain))
+
+
+def test_a_picture_is_turned_even_if_another_tag_is_broken(tmp_path, corner):
+    tags = exif(6)
+    tags[0x011A] = 72.0
+    # A fraction, which Pillow cannot write as the height that it now claims to be.
+    block = tags.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x01\x00\x05")
+    path = tmp_path / "a.jpg"
+    corner.save(path, exif=block)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(path))
+    assert dark_corners(data.read_image(path)) == [(0, -1)]
+
+
+DEEP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+
+
+def assert_deep(source, deep=DEEP):
+    image = data.read_image(source)
+    assert image.mode == "RGB"
+    assert_close(np.asarray(image)[..., 0] / 255, deep / 65535, atol=1.5 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "a.jp2"])
+def test_files_of_16_bit_grey_keep_their_range(tmp_path, name):
+    path = picture(tmp_path / name, Image.fromarray(DEEP))
+    assert_deep(path)
+    assert_deep(Image.open(path))
+
+
+@pytest.mark.parametrize("mode, order", [
+    ("I;16", "<"), ("I;16L", "<"), ("I;16B", ">"), ("I;16N", "="),
+])
+def test_16_bit_grey_is_scaled_in_all_byte_orders(mode, order):
+    pixels = DEEP.astype(f"{order}u2").tobytes()
+    assert_deep(Image.frombytes(mode, (8, 8), pixels))
+
+
+@pytest.mark.parametrize("maximum", [300, 1023, 65535])
+def test_grey_maps_of_any_depth_keep_their_range(tmp_path, maximum):
+    levels = (DEEP / 65535 * maximum).round().astype(">u2")
+    path = tmp_path / "a.pgm"
+    path.write_bytes(f"P5 8 8 {maximum}\n".encode() + levels.tobytes())
+    assert_deep(path)
+
+
+@pytest.mark.parametrize("format", ["PNG", "PPM"])
+def test_pillows_that_read_16_bits_as_32_are_understood(format):
+    image = Image.fromarray(DEEP.astype(np.int32))
+    image.format = format
+    assert_deep(image)
+
+
+@pytest.mark.parametrize("mode, name", [("I", "a.tif"), ("F", "a.tif"), ("F", "a.pfm")])
+def test_pixels_without_a_known_range_are_refused(tmp_path, mode, name):
+    image = Image.fromarray(DEEP.astype(np.int32)).convert(mode)
+    path = picture(tmp_path / name, image)
+    for source, shown in ((path, name), (Image.open(path), "PIL.*"), (image, "PIL.Image.Image.*")):
+        message = f"{shown} is not a readable image .mode {mode} has no known range, unlike 8"
+        with pytest.raises(UserError, match=message):
+            data.read_image(source)
+
+
+def glyph(mode):
+    """A black square on a transparent ground, which is black below."""
+    alpha = Image.new("L", (8, 8), 0)
+    alpha.paste(255, (2, 2, 6, 6))
+    image = Image.new({"LA": "L", "PA": "P"}.get(mode, "RGB"), (8, 8))
+    image.putalpha(alpha)
+    return image.convert(mode)
+
+
+def key_glyph(mode, ground):
+    """A black square on a ground whose colour or index counts as transparent."""
+    image = Image.new(mode, (8, 8), ground)
+    image.paste(0, (2, 2, 6, 6))
+    image.info["transparency"] = ground
+    return image
+
+
+def assert_black_on_white(source):
+    image = data.read_image(source)
+    expected = np.full((8, 8, 3), 255, dtype=np.uint8)
+    expected[2:6, 2:6] = 0
+    assert image.mode == "RGB" and np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("mode, name", [
+    ("RGBA", "a.png"), ("LA", "a.png"), ("RGBA", "a.webp"), ("RGBA", "a.tif"), ("RGBA", "a.gif"),
+])
+def test_what_is_transparent_becomes_white(tmp_path, mode, name):
+    path = tmp_path / name
+    glyph(mode).save(path, lossless=True)
+    assert_black_on_white(path)
+    assert_black_on_white(Image.open(path))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa"])
+def test_transparent_images_of_any_mode_stand_on_white(mode):
+    assert_black_on_white(glyph(mode))
+
+
+@pytest.mark.parametrize("mode, ground", [
+    ("L", 90), ("RGB", (90, 0, 9)), ("P", 7), ("I;16", 30000),
+])
+def test_a_transparent_colour_becomes_white(tmp_path, mode, ground):
+    image = key_glyph(mode, ground)
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 8)
+    assert_black_on_white(image)
+    image.save(tmp_path / "a.png", transparency=ground)
+    assert_black_on_white(tmp_path / "a.png")
+
+
+def test_half_transparent_ink_is_grey():
+    image = Image.new("RGB", GRADIENT.size)
+    image.putalpha(GRADIENT)
+    assert np.array_equal(data.read_image(image).convert("L"), 255 - np.asarray(GRADIENT))
+
+
+def test_opaque_colours_stay_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(data.read_image(image.convert("RGBA")), pixels)
 
 
 def images_of(path, transform):
@@ -636,6 +1009,11 @@ def test_both_images_of_a_pair_are_drawn_uniformly_with_replacement(pairs, c):
 def test_an_epoch_has_n_over_b_batches_and_at_least_one(batch_size, expected):
     assert len(data.ClassBatches(LABELS, batch_size)) == expected
     assert draw(batch_size, epochs=1).shape == (expected, batch_size)
+
+
+def test_a_time_stamp_may_be_the_seed():
+    for seed in (20251125204300, 2 ** 63 - 1, -1):
+        assert len(list(data.ClassBatches(torch.arange(20) % 4, 6, seed=seed))) == 3
 
 
 def test_batches_follow_from_seed_and_epoch_alone():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pictures
 import pytest
+import scipy.spatial
 import scipy.special
 import scipy.stats
 import torch
@@ -166,15 +167,55 @@ def test_rounding_errors_do_not_rescue_a_collapsed_network():
     assert evaluate.map_at_r(x, torch.arange(200) % 5) == 0
 
 
-@pytest.mark.parametrize("apart, hit", [(2e-7, 0), (5e-6, 1)])
-def test_cosines_closer_than_1e_6_are_equal(apart, hit):
+@pytest.mark.parametrize("float64_images, apart, hit", [
+    (3, 2e-13, 0), (3, 5e-12, 1), (2, 2e-7, 0), (2, 5e-6, 1),
+])
+def test_cosines_closer_than_1e_12_tie_and_beyond_the_images_of_float64_than_1e_6(
+        monkeypatch, float64_images, apart, hit):
     # The first query's positive is at cosine 0.6, its negative that much farther. The second
     # query's positive is nearer by far.
+    monkeypatch.setattr(evaluate, "FLOAT64_IMAGES", float64_images)
     s = 0.6 - apart
-    x = torch.tensor([[1, 0, 0], [0.6, 0.8, 0], [s, 0, math.sqrt(1 - s**2)]]).double()
+    x = np.array([[1, 0, 0], [0.6, 0.8, 0], [s, 0, math.sqrt(1 - s**2)]])
+    x = x if float64_images == 3 else x.astype(np.float32)
     with pytest.warns(UserWarning, match="alone"):
         recall = evaluate.recall_at_k(x, torch.tensor([0, 0, 1]), [1])
     assert recall == {1: (hit + 1) / 2}
+
+
+@pytest.mark.parametrize("images, dtype", [(16_384, torch.float64), (16_385, torch.float32)])
+def test_cosines_are_in_float64_for_up_to_16384_images(images, dtype):
+    assert evaluate.unit_vectors(torch.ones(images, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_close_neighbours_on_a_circle_are_told_apart(dtype):
+    angles = torch.tensor([0, 2e-4, 1e-3, 1, 1.0002, 1.001]).double()
+    x = torch.stack([angles.cos(), angles.sin()], 1).to(dtype)
+    labels = torch.tensor([0, 0, 1, 2, 2, 1])
+    metrics = evaluate.all_metrics(1e3 * x, labels)
+    assert metrics["recall@1"] == metrics["map@r"] == pytest.approx(2 / 3)
+    _, curve = evaluate.uncertainty(x, labels)
+    assert curve[0] == (0, pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_nearest_neighbours_of_thousands_in_few_dimensions_are_those_of_a_tree(dim):
+    labels = torch.arange(4000) % 40
+    x = (randn(40, dim)[labels] + 0.2 * randn(4000, dim, seed=1)).float()
+    unit = F.normalize(x.double(), dim=1)
+    _, nearest = scipy.spatial.cKDTree(unit).query(unit, k=2)
+    right = (labels[nearest[:, 1]] == labels).double().mean().item()
+    assert 0.2 < right < 0.9
+    assert evaluate.recall_at_k(x, labels, [1])[1] == pytest.approx(right, abs=1e-3)
+    assert evaluate.uncertainty(x, labels)[1][0][1] == pytest.approx(1 - right, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype, rows", [(torch.float32, 5), (torch.float64, 2)])
+def test_a_chunk_of_cosines_has_the_same_bytes_in_either_precision(monkeypatch, dtype, rows):
+    monkeypatch.setattr(evaluate, "CHUNK", 50)
+    chunks = evaluate.chunked(torch.arange(10), torch.zeros(10, 3, dtype=dtype))
+    assert len(chunks[0]) == rows
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 61 * 7, 61 * 60, 61 * 61])
@@ -460,7 +501,7 @@ def test_unusable_embeddings_and_labels_are_refused():
                 metric(unusable)
     for unusable in (labels[:5], labels.float(), labels[:, None]):
         for metric in NEED_POSITIVES + OTHERS:
-            with refused("6 embeddings need as many integer labels"):
+            with refused("6 images need as many integer labels"):
                 metric(x, unusable)
 
 
@@ -470,6 +511,143 @@ def test_images_without_any_positive_are_refused(metric):
         metric(torch.ones(4, 3), torch.arange(4))
 
 
+def k_means(x, labels):
+    return evaluate.k_means(x, 3, seed=1).tolist()
+
+
+def structure(x, labels):
+    return evaluate.uniformity(x), evaluate.spectral_decay(x)
+
+
+def partition_scores(x, labels):
+    return evaluate.partition_scores(labels, labels)
+
+
+# All that gives numbers.
+METRICS = [*NEED_POSITIVES[:4], *OTHERS, k_means, structure, partition_scores]
+
+
+@pytest.fixture
+def small_integers():
+    """Embeddings and labels that float16, and all integer types, can hold."""
+    x, labels = quantised(40, 3, 6, 2)
+    return x.abs().float(), labels + 1
+
+
+@pytest.mark.parametrize("convert", [
+    torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.int, torch.Tensor.byte,
+    torch.Tensor.requires_grad_, torch.Tensor.numpy, lambda x: x.half().numpy(),
+    lambda x: x.flip(0).numpy()[::-1],
+])
+def test_embeddings_of_any_kind_give_the_same_as_float32(small_integers, convert):
+    x, labels = small_integers
+    converted = convert(x.clone())
+    for metric in METRICS:
+        assert metric(converted, labels) == metric(x, labels), metric
+
+
+def test_lists_of_numbers_give_the_same_as_float64(small_integers):
+    x, labels = small_integers
+    for metric in METRICS:
+        assert metric(x.tolist(), labels.tolist()) == metric(x.double(), labels), metric
+
+
+@pytest.mark.parametrize("convert", [torch.as_tensor, np.array])
+@pytest.mark.parametrize("dtype", [
+    "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64",
+])
+def test_labels_of_any_integer_type_give_the_same_as_int64(small_integers, convert, dtype):
+    x, labels = small_integers
+    converted = convert(labels.numpy().astype(dtype))
+    for metric in METRICS:
+        assert metric(x, converted) == metric(x, labels), metric
+
+
+def test_labels_and_clusters_may_be_truths(small_integers):
+    x, labels = small_integers
+    for metric in METRICS:
+        assert metric(x, labels > 2) == metric(x, (labels > 2).long()), metric
+
+
+@pytest.mark.parametrize("convert", [
+    torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.requires_grad_, torch.Tensor.double,
+])
+def test_ambiguity_of_any_kind_gives_the_same(small_integers, convert):
+    ambiguity = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    values, _ = evaluate.uncertainty(*small_integers, ambiguity)
+    converted, _ = evaluate.uncertainty(*small_integers, convert(ambiguity))
+    assert converted == pytest.approx(values)
+    half = evaluate.uncertainty(*small_integers, ambiguity.bfloat16())
+    assert half == evaluate.uncertainty(*small_integers, ambiguity.bfloat16().float())
+
+
+@pytest.mark.parametrize("float64_images", [0, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_compute_in_full_precision_inside_autocast(monkeypatch, float64_images, dtype):
+    monkeypatch.setattr(evaluate, "FLOAT64_IMAGES", float64_images)
+    x, labels = (5 + randn(200, 8)).float(), torch.arange(200) % 4
+    for metric in METRICS:
+        expected = metric(x, labels)
+        with torch.autocast("cpu", dtype):
+            assert metric(x, labels) == expected, metric
+
+
+def test_metrics_do_not_depend_on_the_default_precision(small_integers):
+    expected = [metric(*small_integers) for metric in METRICS]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert [metric(*small_integers) for metric in METRICS] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_is_left_on_cpus_and_gpus_and_entered_again(device):
+    torch.set_autocast_enabled(device, True)
+    try:
+        inside = evaluate.full_precision(torch.is_autocast_enabled)(device)
+        assert not inside and torch.is_autocast_enabled(device)
+    finally:
+        torch.set_autocast_enabled(device, False)
+
+
+@pytest.mark.parametrize("labels", [
+    torch.zeros(6, 1).long(), np.zeros((6, 1), int), [[0]] * 6, torch.zeros(5).long(), [],
+    torch.zeros(6), np.zeros(6), torch.zeros(6, dtype=torch.complex64), torch.tensor(1),
+])
+def test_labels_that_are_not_one_integer_an_image_are_refused(labels):
+    right = torch.arange(6) % 2
+    for metric in NEED_POSITIVES + OTHERS:
+        with refused("6 images need as many integer labels"):
+            metric(torch.ones(6, 3), labels)
+    for scores in ((right, labels), (labels, right)):
+        with refused("images need as many integer labels"):
+            evaluate.partition_scores(*scores)
+
+
+@pytest.mark.parametrize("values", [
+    list("abcdef"), np.array(list("abcdef")), [[1], [2, 3]], None, [None] * 6, {1: 2},
+])
+def test_what_holds_no_numbers_is_refused(values):
+    x, labels = torch.ones(6, 3), torch.arange(6) % 2
+    for metric in (evaluate.map_at_r, evaluate.clustering, evaluate.uncertainty):
+        for given in ((x, values), (values, labels)):
+            with refused("cannot be evaluated .*: give a tensor, an array or a list of numbers"):
+                metric(*given)
+
+
+@pytest.mark.parametrize("ambiguity", [torch.ones(5), np.ones((6, 1)), [1.0] * 7, 0.5])
+def test_ambiguities_that_are_not_one_an_image_are_refused(ambiguity):
+    with refused("6 images need as many ambiguities"):
+        evaluate.uncertainty(torch.ones(6, 3), torch.arange(6) % 2, ambiguity)
+
+
+def test_ks_of_numpy_are_whole_numbers_too():
+    x, labels = on_a_circle(0, 10, 40, 25, 91), torch.tensor([0, 0, 0, 1, 1])
+    expected = evaluate.recall_at_k(x, labels, [1, 2])
+    assert evaluate.recall_at_k(x, labels, np.array([1, 2])) == expected
+
+
 def test_ks_that_are_no_positive_whole_numbers_are_refused():
     x, labels = torch.ones(4, 3), torch.arange(4) % 2
     for ks in ([0], [1, -2], [1.5]):
@@ -477,6 +655,8 @@ def test_ks_that_are_no_positive_whole_numbers_are_refused():
             evaluate.recall_at_k(x, labels, ks)
     with refused("positive whole"):
         evaluate.mean_average_precision(x, labels, k=0)
+    with refused("positive whole"):
+        evaluate.k_means(x, 0)
 
 
 # ----------------------------------------------------- all metrics, and how they are shown
@@ -653,10 +833,11 @@ def test_embeddings_are_those_of_the_test_images_wherever_they_are_now(checkpoin
     assert arrays["labels"].tolist() == np.arange(4).repeat(5).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:.*gone or renamed")
 def test_the_metrics_of_a_checkpoint_are_those_of_its_embeddings(checkpoint, monkeypatch, toy):
     split = data.Split(*(field[:300] for field in toy[1]))
     embeddings = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(data, "load_splits", lambda _: (None, None, split))
+    monkeypatch.setattr(data, "load_splits", lambda *_, **__: (split, None, split))
     monkeypatch.setattr(common, "embed", lambda *_: embeddings)
     folder = checkpoint.parent
     evaluated(checkpoint, "--pictures", "--embeddings", folder / "toy.npz")
@@ -676,8 +857,97 @@ def test_embeddings_are_written_although_single_images_leave_nothing_to_measure(
         checkpoint, tmp_path):
     root = make_photos(tmp_path / "photos", sizes=(1, 1, 1, 1))
     with pytest.warns(UserWarning), pytest.raises(UserError, match="no class has two images"):
-        evaluated(checkpoint, "--embeddings", tmp_path / "out", "--data_root", root)
+        evaluated(checkpoint, "--embeddings", tmp_path / "out", "--data_root", root,
+                  "--allow_trained_classes")
     assert len(read_arrays(tmp_path / "out", checkpoint)["paths"]) == 2
+
+
+def changed(checkpoint, change):
+    """Change what a checkpoint's file holds."""
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    torch.save(content, checkpoint)
+
+
+# The network was trained with class0 to class3 of eight.
+@pytest.mark.parametrize("renamed, both", [
+    ({"class6": "a", "class7": "b"}, r"2 of 4 test classes were trained \(class2, class3\)"),
+    ({"class5": "a"}, r"1 of 4 test classes were trained \(class3\)"),
+    ({f"class{c}": f"a{c}" for c in range(4, 8)}, r"4 of 4 .* \(class0, class1, class2\)"),
+])
+def test_test_classes_that_were_trained_are_refused_unless_allowed(
+        checkpoint, tmp_path, renamed, both):
+    root = make_photos(tmp_path / "photos")
+    for name, new in renamed.items():
+        (root / name).rename(root / new)
+    with pytest.raises(UserError, match=f"^{both}, as the data set has changed"):
+        evaluated(checkpoint, "--data_root", root)
+    assert not (checkpoint.parent / "metrics.json").exists()
+    evaluated(checkpoint, "--data_root", root, "--allow_trained_classes")
+    assert (checkpoint.parent / "metrics.json").exists()
+
+
+def test_a_trained_class_that_is_gone_may_be_a_test_class_and_is_warned_of(checkpoint, tmp_path):
+    root = make_photos(tmp_path / "photos")
+    (root / "class0").rename(root / "z")
+    with pytest.warns(UserWarning, match=r"1 trained classes \(class0\) are gone or renamed"):
+        evaluated(checkpoint, "--data_root", root)
+
+
+def test_a_checkpoint_without_class_names_is_evaluated_with_a_warning(checkpoint):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluated(checkpoint)
+    changed(checkpoint, lambda content: content.pop("class_names"))
+    with pytest.warns(UserWarning, match=f"^{checkpoint} does not name its training classes"):
+        evaluated(checkpoint)
+
+
+def test_ones_own_pictures_may_be_of_trained_classes(checkpoint, photos, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluated(checkpoint, "--embeddings", tmp_path / "out", "--images", photos)
+
+
+def test_evaluation_never_downloads(checkpoint, tmp_path, monkeypatch):
+    def download(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(data, "download", download)
+    for name in ("cub200", "sop"):
+        changed(checkpoint, lambda content: content["args"].update(dataset=name))
+        with pytest.raises(UserError, match=str(tmp_path)):
+            evaluated(checkpoint, "--data_root", tmp_path / "empty")
+
+
+def test_a_run_of_an_unknown_data_set_is_refused_in_a_sentence(checkpoint):
+    changed(checkpoint, lambda content: content["args"].update(dataset="insects"))
+    with pytest.raises(UserError, match="^.*insects.*$"):
+        evaluated(checkpoint)
+
+
+def test_a_run_of_ones_own_data_set_and_backbone_is_evaluated(checkpoint, monkeypatch):
+    def load_noise(root):
+        pictures = [Image.effect_noise((20, 30), 50) for _ in range(16)]
+        return data.halves(data.Split(pictures, torch.arange(16) // 4, list("abcd")))
+
+    def tiny(image_size):
+        return torch.nn.Flatten(), 3 * image_size**2
+
+    monkeypatch.setitem(data.LOADERS, "noise", load_noise)
+    monkeypatch.setitem(common.BACKBONES, "tiny", tiny)
+    weights = common.Network("tiny", 8, 16).state_dict()
+    changed(checkpoint, lambda content: content.update(
+        args={**content["args"], "dataset": "noise", "arch": "tiny"},
+        network=weights,
+        criterion={"of.my.own": torch.ones(3)},
+        class_names=["a", "b"],
+    ))
+    file = checkpoint.parent / "noise.npz"
+    evaluated(checkpoint, "--pictures", "--embeddings", file)
+    with np.load(file) as arrays:
+        assert arrays["embeddings"].shape == (8, 8)
+        assert arrays["paths"].tolist() == list("01234567")
 
 
 @pytest.mark.parametrize("classes", [
@@ -830,9 +1100,24 @@ def test_a_folder_that_is_no_finished_run_is_refused_with_its_file(tmp_path, fil
     (run / file).unlink()
     if content is not None:
         (run / file).write_text(content)
-    message = f"^{run} is no finished run, as its {file} is missing or broken .*: leave it out$"
+    message = f"^{run} is no finished run, as its {file} is missing or broken .*: leave it out"
     with pytest.raises(UserError, match=message):
         evaluate.read_groups([run])
+
+
+@pytest.mark.parametrize("given, advice", [
+    (".", "nir-seed*"), ("nir-seed0/args.json", "nir-seed*"), ("missing", "runs/NAME-seed*"),
+    ("own", "own/*"), ("..", "nir-seed*"), ("empty", "runs/NAME-seed*"),
+])
+def test_a_folder_of_runs_or_a_file_is_refused_with_an_example(tmp_path, given, advice):
+    runs = tmp_path / "project" / "runs"
+    seeds_of(runs / "nir", [0.1, 0.2])
+    finished_run(runs / "own" / "0")
+    (runs / "empty").mkdir()
+    with pytest.raises(UserError) as refusal:
+        table([runs / given])
+    example = advice if advice.startswith("runs") else runs / advice
+    assert str(refusal.value).endswith(f"or give folders of runs, such as {example}")
 
 
 def test_a_column_of_the_log_is_its_last_epoch_or_the_one_behind_the_at(tmp_path):
@@ -944,6 +1229,7 @@ def test_compare_draws_recall_in_percent_or_any_column(tmp_path, monkeypatch):
     ("--checkpoint a --compare b", "not allowed with argument --checkpoint"),
     ("--compare", "expected at least one argument"),
     ("--compare a --pictures", "--pictures without --checkpoint"),
+    ("--compare a --allow_trained_classes", "--allow_trained_classes without --checkpoint"),
     ("--compare a --data_root b", "--data_root without --checkpoint"),
     ("--compare a --embeddings b", "--embeddings without --checkpoint"),
     ("--checkpoint a --images b", "--images without --embeddings"),

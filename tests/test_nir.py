@@ -117,6 +117,104 @@ def test_merged_centres_have_a_finite_gradient():
     assert loss.proxies.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("embeddings, labels, message", [
+    ((4, 5), (4, 1), r"embeddings must be \(B, 5\) and labels \(B,\), not \(4, 5\) and \(4, 1\)"),
+    ((4, 5), (3,), "labels"),
+    ((4, 6), (4,), "embeddings must be"),
+    ((4, 5, 1), (4,), "embeddings must be"),
+])
+@pytest.mark.parametrize("name", nir.LOSSES)
+def test_batches_of_another_shape_are_one_sentence(name, embeddings, labels, message):
+    loss = nir.LOSSES[name](4, 5)
+    y = torch.zeros(labels, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        loss(torch.ones(embeddings), y)
+    with pytest.raises(ValueError, match=message):
+        nir.NIR(loss, 5).diagnostics(torch.ones(embeddings), y)
+
+
+@pytest.mark.parametrize("labels, message", [
+    (torch.tensor([0, 4]), r"labels must lie in 0 .. 3, not 0 .. 4"),
+    (torch.tensor([-1, 2]), "not -1 .. 2"),
+    (torch.tensor([1, -100]), "not -100 .. 1"),         # cross_entropy would leave it out
+    (torch.tensor([0.0, 1.0]), "labels must be integers, not torch.float32"),
+    (torch.tensor([0.0, 1.0]).double(), "labels must be integers, not torch.float64"),
+])
+@pytest.mark.parametrize("name", nir.LOSSES)
+def test_labels_that_are_no_class_are_one_sentence(name, labels, message):
+    criterion = nir.NIR(nir.LOSSES[name](4, 5), 5)
+    for function in (criterion.proxy_loss, criterion.nir, criterion.diagnostics):
+        with pytest.raises(ValueError, match=message):
+            function(torch.ones(2, 5), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool])
+@pytest.mark.parametrize("name", nir.LOSSES)
+def test_labels_of_any_integer_type_mean_the_same(name, dtype):
+    """As many images as classes: uint8 could be taken for a mask."""
+    x, _ = batch(dtype=torch.float32)
+    y = torch.tensor([0, 1, 1, 0, 0, 1, 0])
+    criterion = nir.NIR(nir.LOSSES[name](7, 5), 5)
+    assert_same(criterion.losses(x, y.to(dtype)), criterion.losses(x, y), rtol=0)
+    assert criterion.diagnostics(x, y.to(dtype)) == criterion.diagnostics(x, y)
+
+
+@pytest.mark.parametrize("name", nir.LOSSES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_embedding_that_is_not_finite_makes_the_loss_nan(name, bad):
+    for place in ((3, 2), (3,), ()):
+        x, y = batch(dtype=torch.float32)
+        x[place] = bad
+        for value in nir.NIR(nir.LOSSES[name](4, 5), 5).losses(x, y).values():
+            assert value.isnan()
+
+
+@pytest.mark.parametrize("name", nir.LOSSES)
+def test_arrays_are_one_sentence(name):
+    x, y = batch()
+    for arrays in ((x.numpy(), y.numpy()), (x.numpy(), y), (x, y.tolist())):
+        with pytest.raises(TypeError, match="must be tensors"):
+            nir.LOSSES[name](4, 5).double()(*arrays)
+
+
+@pytest.mark.parametrize("name", nir.LOSSES)
+@pytest.mark.parametrize("given, loss, message", [
+    (torch.float64, torch.float32, "given torch.float64, but its parameters are torch.float32"),
+    (torch.float32, torch.float64, "given torch.float32, but its parameters are torch.float64"),
+    (torch.bfloat16, torch.bfloat16, "given torch.float32, but its parameters are torch.bfloat16"),
+])
+def test_another_precision_than_the_parameters_is_one_sentence(name, given, loss, message):
+    """Half precision is computed in float32."""
+    x, y = batch(dtype=given)
+    made = nir.NIR(nir.LOSSES[name](4, 5), 5).to(loss)
+    for function in (made.proxy_loss, made.nir):
+        with pytest.raises(ValueError, match=message):
+            function(labels=y, embeddings=x)
+    with pytest.raises(ValueError, match=f"GlowFlow is {message}"):
+        made.flow.log_prob(x, x)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: nir.ProxyNCA(4, 5, temperature=-0.1), "temperature must be above 0"),
+    (lambda: nir.ProxyNCA(4, 5, temperature=0), "temperature must be above 0"),
+    (lambda: nir.ProxyAnchor(4, 5, alpha=-32), "alpha must be above 0"),
+    (lambda: nir.SoftTriple(4, 5, centers=0), "centers must be at least 1, not 0"),
+    (lambda: nir.SoftTriple(4, 5, la=-20), "la must be above 0"),
+    (lambda: nir.SoftTriple(4, 5, gamma=math.nan), "gamma must be above 0 and finite, not nan"),
+    (lambda: nir.SoftTriple(4, 5, tau=-1), "tau must be at least 0"),
+    (lambda: nir.GlowFlow(5, 5, num_blocks=0), "num_blocks must be at least 1"),
+    (lambda: nir.GlowFlow(5, 5, depth=0), "depth must be at least 1"),
+    (lambda: nir.GlowFlow(5, 5, width=0), "width must be at least 1"),
+    (lambda: nir.NIR(nir.ProxyNCA(4, 5), 5, form="NLL"), "^form must be one of nll, exp, not 'NLL"),
+    (lambda: nir.NIR(nir.ProxyNCA(4, 5), 5, form=None), "^form must be one of nll, exp, not None"),
+    (lambda: nir.NIR(nir.ProxyNCA(4, 5), 5, nir_weight=-1), "nir_weight must be at least 0"),
+    (lambda: nir.NIR(nir.ProxyNCA(4, 5), 5, proxy_weight=-1), "proxy_weight must be at least 0"),
+])
+def test_arguments_that_would_be_misread_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_proxies_start_with_variance_one_64th():
     torch.manual_seed(0)
     for make in nir.LOSSES.values():
@@ -223,6 +321,14 @@ def test_scales_are_softly_clamped():
 def test_flow_needs_two_dimensions():
     with pytest.raises(ValueError, match="two dimensions"):
         nir.GlowFlow(1, 3)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (9, 4), (5,), (9, 5, 1)])
+def test_flow_takes_no_other_dimension_than_its_own(shape):
+    """The permutation alone would pick the first five of six."""
+    made, _, cond = flow(5)
+    with pytest.raises(ValueError, match=r"psi must be \(B, 5\), not"):
+        made(torch.ones(shape).double(), cond)
 
 
 # ---------------------------------------------------------------------- the proxy loss with NIR
@@ -434,6 +540,18 @@ def test_values_out_of_range_are_named(option, value, message, capsys):
     error = capsys.readouterr().err
     assert f"{option}: {value} is not" in error
     assert message in error
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--flow_lr 0.3", "error: --flow_lr 0.3 means nothing to --nir_weight 0"),
+    ("--nir_form nll", "error: --nir_form nll means nothing to --nir_weight 0"),
+    ("--weights none --nir_form exp", "error: --nir_form exp means nothing to --nir_weight 0"),
+])
+def test_options_that_mean_nothing_to_the_baseline_are_refused(argv, message, capsys):
+    argv = ["--nir_weight", "0.0", "--device", "none", *argv.split()]
+    with pytest.raises(SystemExit, match="^2$"):
+        common.command(lambda: nir.main(argv))
+    assert message in capsys.readouterr().err
 
 
 def test_help_shows_the_settings_of_the_options_beside_it(capsys):

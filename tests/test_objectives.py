@@ -280,6 +280,114 @@ def test_losses_and_miners_make_no_tensor_on_another_device(name, miner):
         objective.diagnostics(x, y)
 
 
+@EVERY_OBJECTIVE
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_embedding_that_is_not_finite_makes_the_loss_nan(name, miner, bad):
+    """Image 9 is in no triplet but as a negative, and seldom mined."""
+    objective = make_objective(name, miner)
+    for place in ((9, 2), (3, 0), (3,), ()):
+        x, y = batch(torch.float32)
+        x[place] = bad
+        assert objective.losses(x, y)[name].isnan()
+    x, y = nothing_to_rank()[1]
+    x[0] = bad
+    assert objective.losses(x, y)[name].isnan()
+
+
+@EVERY_OBJECTIVE
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_mean_the_same(name, miner, dtype):
+    """As many images as classes: uint8 could be taken for a mask."""
+    x, y = batch(torch.float32)
+    loss = objectives.make_loss(name, 10, 5, "class")
+    if name == "margin":
+        loss.beta.data += torch.arange(10) / 10
+    objective = objectives.Objective(loss.eval(), miner)
+    values = []
+    for labels in (y, y.to(dtype)):
+        torch.manual_seed(0)
+        values.append((objective.losses(x, labels), objective.diagnostics(x, labels)))
+    assert_same(*values)
+
+
+@EVERY_OBJECTIVE
+@pytest.mark.parametrize("x, y, message", [
+    (torch.ones(4, 5), torch.zeros(4, 1).long(), "embeddings must be .* not .4, 5. and .4, 1."),
+    (torch.ones(4, 5), torch.zeros(3).long(), "embeddings must be"),
+    (torch.ones(4, 5, 1), torch.zeros(4).long(), "embeddings must be"),
+    (torch.ones(5), torch.tensor(0), "embeddings must be"),
+    (torch.ones(4, 5), torch.zeros(4), "labels must be integers, not torch.float32"),
+    (torch.ones(4, 5), torch.zeros(4).double(), "labels must be integers, not torch.float64"),
+])
+def test_another_batch_is_one_sentence(name, miner, x, y, message):
+    objective = make_objective(name, miner)
+    functions = [objective.losses, objective.diagnostics]
+    if miner:
+        triplets = [torch.tensor([i]) for i in (0, 1, 2)]
+        functions.append(lambda x, y: objective.loss(x, y, triplets))
+        functions.append(lambda x, y: objective.loss.diagnostics(x, y, triplets))
+    else:
+        functions.append(objectives.distance_probabilities)
+    for function in functions:
+        with pytest.raises(ValueError, match=message):
+            function(x, y)
+
+
+@pytest.mark.parametrize("name", objectives.LEARNED)
+@pytest.mark.parametrize("label", [4, -1, -100])
+def test_labels_that_are_no_class_are_one_sentence(name, label):
+    """The ranking losses without parameters take any integers."""
+    objective = make_objective(name)
+    y = torch.tensor([0, 0, label, label])
+    with pytest.raises(ValueError, match="labels must lie in 0 .. 3"):
+        objective.losses(torch.randn(4, 5), y)
+    for name in ("triplet", "multisimilarity"):
+        assert make_objective(name).losses(torch.randn(4, 5), y)[name].isfinite()
+    objectives.Margin(4, granularity="global")(torch.randn(4, 5), y, all_triplets(y))
+
+
+@EVERY_OBJECTIVE
+def test_arrays_are_one_sentence(name, miner):
+    x, y = batch(torch.float32)
+    for arrays in ((x.numpy(), y.numpy()), (x.numpy(), y), (x, y.tolist())):
+        with pytest.raises(TypeError, match="must be tensors"):
+            make_objective(name, miner).losses(*arrays)
+
+
+@EVERY_LOSS
+def test_a_loss_in_another_precision_computes_in_the_higher_or_says_so(name):
+    """Matrices of parameters do not mix with embeddings; Margin's boundaries do."""
+    (x, y), objective = batch(), make_objective(name)
+    if isinstance(objective.loss, objectives.Ranking):
+        assert value_of(objective.loss, x, y).dtype == torch.float64
+        assert value_of(objective.loss.bfloat16(), x.float(), y).dtype == torch.float32
+        return
+    for loss, given in (("float32", "float64"), ("float64", "float32"), ("float16", "float16")):
+        objective.to(getattr(torch, loss))
+        with pytest.raises(ValueError, match=f"but its parameters are torch.{loss}"):
+            objective.losses(x.to(getattr(torch, given)), y)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: objectives.Objective(objectives.Triplet(), "Random"),
+     "miner must be one of random, semihard, nearest, distance, not 'Random'"),
+    (lambda: objectives.Margin(3, granularity="Class"), "granularity must be one of global, class"),
+    (lambda: objectives.make_loss("margin", 3, 4, None), "granularity must be one of global"),
+    (lambda: objectives.ArcFace(3, 4, margin=28.6), "margin must be at least 0 and below 3.142, not"),
+    (lambda: objectives.ArcFace(3, 4, margin=-0.5), "margin must be at least 0"),
+    (lambda: objectives.ArcFace(3, 4, margin=math.pi), "margin must be at least 0"),
+    (lambda: objectives.ArcFace(3, 4, scale=0), "scale must be above 0"),
+    (lambda: objectives.NormSoftmax(3, 4, temperature=-0.05), "temperature must be above 0"),
+    (lambda: objectives.NormSoftmax(3, 4, temperature=0), "temperature must be above 0"),
+    (lambda: objectives.MultiSimilarity(alpha=-2), "alpha must be above 0"),
+    (lambda: objectives.MultiSimilarity(beta=0), "beta must be above 0"),
+    (lambda: objectives.GenLifted(weight=-1), "weight must be at least 0"),
+])
+def test_arguments_that_would_be_misread_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @EVERY_LOSS
 def test_an_objective_has_its_losss_name_and_parameters(name):
     objective = make_objective(name)
@@ -467,6 +575,23 @@ def test_miners_draw_a_uniform_positive_and_their_negative(name, reference, opti
     assert_drawn_from(600 * expected, found)
 
 
+@EVERY_MINER
+@pytest.mark.parametrize("u", [0.0, 2 ** -24, 1 - 2 ** -24])
+def test_miners_choose_right_whatever_is_drawn(name, u, monkeypatch):
+    """Of torch.rand in float32 these are the lowest numbers and the highest."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, u))
+    x, y = torch.randn(12, 5), torch.arange(12) % 4
+    a, p, n = objectives.MINERS[name](x, y)
+    assert len(a) == 12
+    assert (y[a] == y[p]).all() and (a != p).all() and (y[a] != y[n]).all()
+
+
+def test_a_positive_for_which_0_is_drawn_is_of_the_own_class():
+    x, y = torch.randn(112, 8), torch.arange(56).repeat_interleave(2)
+    a, p, n = objectives.mine_random(x, y, torch.Generator().manual_seed(99002))
+    assert (y[a] == y[p]).all() and (y[a] != y[n]).all()
+
+
 @pytest.mark.parametrize("mine", [objectives.mine_semihard, objectives.mine_nearest])
 def test_a_copy_of_the_positive_is_not_beyond_it(mine):
     """Only image 3 is."""
@@ -528,7 +653,7 @@ def test_opposite_images_have_finite_probabilities_and_without_negatives_there_a
     x = torch.eye(8)[[0, 0, 1, 0]] * torch.tensor([[1.0], [1.0], [1.0], [-1.0]])
     p = objectives.distance_probabilities(x, torch.tensor([0, 0, 1, 1]), upper=2.1)
     torch.testing.assert_close(p.sum(1), torch.ones(4))
-    assert not objectives.distance_probabilities(x, torch.zeros(4)).any()
+    assert not objectives.distance_probabilities(x, torch.zeros(4).long()).any()
 
 
 def test_miners_take_half_precision_and_give_no_gradient():

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
+import data
 import nir
 import prob_dml
 from prob_dml import (
@@ -159,6 +160,22 @@ def test_normalizer_of_huge_concentrations_follows_hankels_expansion(dim):
     assert_close(log_vmf_normalizer(kappa, dim), expected, rtol=1e-9, atol=0)
     expected = 1 - (dim - 1) / (2 * kappa)
     assert_close(mean_resultant_length(kappa, dim), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int16])
+def test_integer_concentrations_mean_the_same_as_floats(dtype):
+    kappa = torch.arange(1, 6)
+    mu = directions(5, 3)
+    for function in (
+        lambda kappa: mean_resultant_length(kappa, 3),
+        lambda kappa: log_vmf_normalizer(kappa, 3),
+        lambda kappa: vmf_log_prob(mu.float(), mu.float(), kappa),
+        lambda kappa: sample_vmf(mu, kappa, 4, seeded()),
+    ):
+        assert_close(function(kappa.to(dtype)), function(kappa.float()), rtol=0, atol=0)
+    # coth(kappa) - 1 / kappa
+    expected = [0.313035, 0.537315, 0.671636, 0.750671, 0.800091]
+    assert_close(mean_resultant_length(kappa, 3), torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------- the densities
@@ -735,9 +752,18 @@ def test_bad_shapes_and_labels_are_named():
     mps = types.SimpleNamespace(device=types.SimpleNamespace(type="mps"))
     for call, message in (
         (lambda: module(one(2, 5), one(2).long()), "embeddings must be"),
-        (lambda: module(one(2, 4), one(3).long()), "need one label each"),
+        (lambda: module(one(2, 4), one(3).long()), r"labels \(B,\), not \(2, 4\) and \(3,\)"),
+        (lambda: module(one(2, 4), one(2, 1).long()), r"labels \(B,\), not \(2, 4\) and \(2, 1\)"),
+        (lambda: module(one(2, 4), one(2)), "labels must be integers"),
+        (lambda: module(one(2, 4), torch.tensor([0, 3])), "labels must lie in 0 .. 2, not 0 .. 3"),
+        (lambda: module(one(2, 4), torch.tensor([1, -100])), "labels must lie in 0 .. 2"),
+        (lambda: module.similarity(one(2, 5)), "embeddings must be"),
+        (lambda: module.warm_start(one(2, 4), one(2)), "labels must be integers"),
         (lambda: module.warm_start(one(2, 4), torch.tensor([0, 3])), "labels must lie in 0 .. 2"),
-        (lambda: module.warm_start(one(2, 4), torch.tensor([0])), "warm_start takes"),
+        (lambda: module.warm_start(one(2, 4), torch.tensor([0])), "embeddings must be"),
+        (lambda: module.double()(one(2, 4), torch.tensor([0, 1])), "parameters are torch.float64"),
+        (lambda: vmf_log_prob(one(2, 3), one(2, 1), one(2)), "a vMF takes"),
+        (lambda: vmf_log_prob(one(2, 3), one(4), one(2)), "a vMF takes"),
         (lambda: log_vmf_normalizer(one(2), 1), "dim 1 is too small"),
         (lambda: prob_dml.vmf_normalizer(mps, 8), "needs float64, .* use the CPU"),
         (lambda: sample_vmf(one(2, 3), one(3), 5), "sample_vmf takes"),
@@ -748,6 +774,67 @@ def test_bad_shapes_and_labels_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_arrays_are_one_sentence():
+    e = np.ones((2, 4))
+    for labels in (torch.tensor([0, 1]), np.array([0, 1]), [0, 1]):
+        with pytest.raises(TypeError, match="must be tensors"):
+            ProbabilisticProxies(3, 4)(e, labels)
+
+
+VMF_FUNCTIONS = [
+    prob_dml.elk_vmf, prob_dml.bhattacharyya_vmf, prob_dml.kl_vmf, prob_dml.loglik_vmf, prob_dml.l2,
+]
+
+
+@pytest.mark.parametrize("function", VMF_FUNCTIONS)
+@pytest.mark.parametrize("e, mu, kappa", [
+    ((3, 4), (4, 4), (4, 1)), ((3, 4), (4, 4), (1,)), ((3, 4), (4, 4), ()), ((3, 4), (4,), (4,)),
+    ((4,), (4, 4), (4,)), ((3, 5), (4, 4), (4,)), ((2, 3, 4), (4, 4), (4,)),
+])
+def test_similarities_to_vmfs_take_one_number_for_each_class(function, e, mu, kappa):
+    """As many classes as dimensions, where nearly all products would fit."""
+    with pytest.raises(ValueError, match="a similarity to vMFs takes"):
+        function(torch.ones(e), torch.ones(mu), torch.ones(kappa))
+
+
+def test_the_form_of_loglik_is_not_misread():
+    with pytest.raises(ValueError, match="form must be one of exact, official, not 'Official'"):
+        prob_dml.loglik_nivmf(torch.ones(2, 3), directions(4, 3), torch.ones(4, 3), "Official")
+
+
+def test_a_negative_weight_of_proxyanchor_is_named():
+    with pytest.raises(ValueError, match="proxyanchor_weight must be at least 0"):
+        Criterion(ProbabilisticProxies(3, 4), proxyanchor_weight=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool])
+def test_labels_of_any_integer_type_mean_the_same(dtype):
+    e = torch.randn(4, 5)
+    labels = torch.tensor([1, 0, 0, 1])
+    losses, starts = [], []
+    for given in (labels, labels.to(dtype)):
+        module = proxies("kl", "vmf", C=4, D=5)
+        losses.append(Criterion(module, 0.5).losses(e, given))
+        module.warm_start(e, given)
+        starts.append(module.proxies)
+    assert_close(*losses, rtol=0, atol=0)
+    assert torch.equal(*starts)
+
+
+@every_cell
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_embedding_that_is_not_finite_stops_the_training(metric, proxy, bad):
+    """By a loss of nan, or the sampler's sentence."""
+    module = proxies(metric, proxy)
+    for place in ((3, 2), (3,), ()):
+        e = torch.randn(6, 16)
+        e[place] = bad
+        try:
+            assert module(e, torch.arange(6)).isnan()
+        except ValueError as error:
+            assert "not a finite number" in str(error)
 
 
 def test_proxyanchor_is_on_the_directions_of_the_same_proxies():
@@ -893,6 +980,37 @@ def test_a_run_without_options_is_exact_el_nivmf_on_cub(monkeypatch):
     assert name == "cub200-elk-nivmf-exact-seed0"
 
 
+@every_cell
+def test_an_option_is_refused_if_and_only_if_a_cell_would_not_use_it(metric, proxy, monkeypatch):
+    """Tried out: does the loss, or a rate, change with its value?"""
+    def outcome(option, value):
+        given = {"samples": 5, "form": "exact", "concentration_lr": 0.1, option: value}
+        rate = given.pop("concentration_lr")
+        torch.manual_seed(0)
+        module = ProbabilisticProxies(7, 16, metric, proxy, temperature=1.0, **given)
+        if module.proxy == "nivmf":
+            module.concentrations.data += torch.arange(16)
+        with torch.no_grad():
+            loss = module(torch.randn(6, 16), torch.arange(6), seeded())
+        return float(loss), rates(Criterion(module, concentration_lr=rate))
+
+    for option, (first, second) in {
+        "samples": (3, 4), "form": ("exact", "official"), "concentration_lr": (0.1, 0.2),
+    }.items():
+        if (option, proxy) == ("form", "vmf"):
+            is_used = False                 # there is one form, so `official` is refused
+        else:
+            is_used = outcome(option, first) != outcome(option, second)
+        argv = f"--dataset toy --metric {metric} --proxy {proxy} --{option} {first}".split()
+        try:
+            started(monkeypatch, prob_dml, *argv)
+            is_accepted = True
+        except data.UserError as error:
+            assert f"--{option} {first} means nothing to" in str(error)
+            is_accepted = False
+        assert is_accepted == is_used, option
+
+
 def test_lengths_of_l2_have_the_rate_of_the_concentrations(monkeypatch):
     argv = "--dataset toy --metric l2 --seed 3 --concentration_lr 0.3".split()
     _, make_criterion, name = started(monkeypatch, prob_dml, *argv)
@@ -902,7 +1020,12 @@ def test_lengths_of_l2_have_the_rate_of_the_concentrations(monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     ("--metric cosine --proxy nivmf", "error: --metric cosine knows no concentration"),
-    ("--proxy vmf --form official", "error: --form official belongs to proxy nivmf"),
+    ("--proxy vmf --form official", "error: --form official means nothing to --metric elk --proxy"),
+    ("--metric l2 --form exact", "error: --form exact means nothing to --metric l2 --proxy vmf"),
+    ("--metric cosine --samples 77", "error: --samples 77 means nothing to --metric cosine"),
+    ("--metric loglik --samples 7", "error: --samples 7 means nothing to --metric loglik"),
+    ("--metric kl --proxy vmf --samples 7", "error: --samples 7 means nothing to --metric kl"),
+    ("--metric cosine --concentration_lr 0.1", "error: --concentration_lr 0.1 means nothing to"),
     ("--embed_dim 1", "error: --embed_dim must be at least 2, not 1"),
     ("--temperature 1e-9", "error: --temperature must be at least 0.001, not 1e-09"),
     ("--proxyanchor_weight -1", "--proxyanchor_weight: -1 is not at least 0"),
