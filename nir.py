@@ -58,29 +58,47 @@ from torch import nn
 
 
 def full_precision(function):
-    """Make a function compute in float32, even under autocast or with half-precision arguments.
+    """Make a function, or a method of a module, compute in float32 at least, even under autocast.
 
-    float64 stays float64. Parameters are not cast: a module whose parameters have another
-    precision than its arguments then have raises ValueError.
+    If an argument or a parameter of the module is float64, all of them are cast to it.
     """
-
-    def full(value):
-        is_half = torch.is_tensor(value) and value.dtype in (torch.float16, torch.bfloat16)
-        return value.float() if is_half else value
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        args = [full(value) for value in args]
-        kwargs = {name: full(value) for name, value in kwargs.items()}
-        tensors = filter(torch.is_tensor, [*args, *kwargs.values()])
-        floats = [value for value in tensors if value.is_floating_point()]
-        if floats and args and isinstance(args[0], nn.Module):
-            check_precision(args[0], floats[0])
+        is_method = bool(args) and isinstance(args[0], nn.Module)
+        parameters = dict(args[0].named_parameters()) if is_method else {}
+        given = [*args, *kwargs.values(), *parameters.values()]
+        floats = [x for x in given if torch.is_tensor(x) and x.is_floating_point()]
+        dtype = torch.float32
+        for x in floats:
+            dtype = torch.promote_types(dtype, x.dtype)
+
+        def full(x):
+            return x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
+
+        args = [full(x) for x in args]
+        kwargs = {name: full(x) for name, x in kwargs.items()}
         device = floats[0].device.type if floats else "cpu"
         with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            if all(x.dtype == dtype for x in parameters.values()):
+                return function(*args, **kwargs)
+            # The parameters are replaced for the time of the call.
+            replaced = {f"module.{name}": full(x) for name, x in parameters.items()}
+            return torch.func.functional_call(Method(args[0], function), replaced,
+                                              tuple(args[1:]), kwargs)
 
     return wrapped
+
+
+class Method(nn.Module):
+    """A method of a module, as a module of its own: functional_call calls nothing else."""
+
+    def __init__(self, module, function):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args, **kwargs):
+        return self.function(self.module, *args, **kwargs)
 
 
 # ------------------------------------------------------------------------------ the proxy losses
@@ -439,14 +457,6 @@ class NIR(nn.Module):
 
 # ------------------------------------------------------------------------------------ the checks
 # Shared with prob_dml.py and objectives.py. Each raises an error of one sentence.
-
-
-def check_precision(module, x):
-    """The first matrix stands for all. Vectors are not asked: it is products that do not mix."""
-    matrix = next((weight for weight in module.parameters() if weight.dim() > 1), x)
-    if matrix.dtype != x.dtype:
-        raise ValueError(f"{type(module).__name__} is given {x.dtype}, but its parameters are "
-                         f"{matrix.dtype}: cast one of the two, to float32 or float64")
 
 
 def check_batch(embeddings, labels, num_classes=None, dim=None):

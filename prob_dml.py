@@ -403,6 +403,7 @@ class ProbabilisticProxies(nn.Module):
         labels = nir.check_batch(embeddings, labels, *self.proxies.shape)
         return F.cross_entropy(self.logits(embeddings, generator), labels)
 
+    @nir.full_precision
     def logits(self, embeddings, generator=None):
         """similarity / T, (B, C)."""
         # `similarity` clamps T, in place, before anything is divided by it.

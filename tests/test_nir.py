@@ -1,4 +1,5 @@
 """Losses and flow against slow references from the formulas; the official settings in one table."""
+import copy
 import math
 
 import numpy as np
@@ -178,20 +179,27 @@ def test_arrays_are_one_sentence(name):
 
 
 @pytest.mark.parametrize("name", nir.LOSSES)
-@pytest.mark.parametrize("given, loss, message", [
-    (torch.float64, torch.float32, "given torch.float64, but its parameters are torch.float32"),
-    (torch.float32, torch.float64, "given torch.float32, but its parameters are torch.float64"),
-    (torch.bfloat16, torch.bfloat16, "given torch.float32, but its parameters are torch.bfloat16"),
+@pytest.mark.parametrize("given, loss, computed", [
+    (torch.float64, torch.float32, torch.float64),
+    (torch.float32, torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
 ])
-def test_another_precision_than_the_parameters_is_one_sentence(name, given, loss, message):
-    """Half precision is computed in float32."""
+def test_embeddings_and_loss_of_two_precisions_compute_in_the_higher(name, given, loss, computed):
     x, y = batch(dtype=given)
+    x.requires_grad_()
     made = nir.NIR(nir.LOSSES[name](4, 5), 5).to(loss)
-    for function in (made.proxy_loss, made.nir):
-        with pytest.raises(ValueError, match=message):
-            function(labels=y, embeddings=x)
-    with pytest.raises(ValueError, match=f"GlowFlow is {message}"):
-        made.flow.log_prob(x, x)
+    values = made.losses(x, y)
+    sum(values.values()).backward()
+
+    reference = copy.deepcopy(made).to(computed)
+    for term, expected in reference.losses(x.detach().to(computed), y).items():
+        torch.testing.assert_close(values[term], expected, rtol=0, atol=0)
+    parameters = list(made.parameters())
+    assert {p.dtype for p in parameters} == {loss}  # as they were
+    assert all(p.grad.dtype == loss for p in parameters)
+    assert x.grad.dtype == given
+    assert made.flow.log_prob(x, x).dtype == computed
 
 
 @pytest.mark.parametrize("make, message", [

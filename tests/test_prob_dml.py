@@ -761,7 +761,6 @@ def test_bad_shapes_and_labels_are_named():
         (lambda: module.warm_start(one(2, 4), one(2)), "labels must be integers"),
         (lambda: module.warm_start(one(2, 4), torch.tensor([0, 3])), "labels must lie in 0 .. 2"),
         (lambda: module.warm_start(one(2, 4), torch.tensor([0])), "embeddings must be"),
-        (lambda: module.double()(one(2, 4), torch.tensor([0, 1])), "parameters are torch.float64"),
         (lambda: vmf_log_prob(one(2, 3), one(2, 1), one(2)), "a vMF takes"),
         (lambda: vmf_log_prob(one(2, 3), one(4), one(2)), "a vMF takes"),
         (lambda: log_vmf_normalizer(one(2), 1), "dim 1 is too small"),
@@ -774,6 +773,22 @@ def test_bad_shapes_and_labels_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("metric, proxy", CELLS)
+def test_embeddings_and_proxies_of_two_precisions_compute_in_the_higher(metric, proxy):
+    module = ProbabilisticProxies(3, 4, metric, proxy, temperature=0.5)
+    embeddings, labels = 5 * directions(6, 4), torch.arange(6) % 3
+
+    def loss_of(embeddings):
+        generator = torch.Generator().manual_seed(0)
+        return module(embeddings, labels, generator)
+
+    mixed = loss_of(embeddings)
+    module.double()
+    assert_close(mixed, loss_of(embeddings), rtol=1e-9, atol=0)
+    module.bfloat16()
+    assert loss_of(embeddings.bfloat16()).dtype == torch.float32
 
 
 def test_arrays_are_one_sentence():
