@@ -79,7 +79,10 @@ def refused(message):
 
 
 def start(*argv, processes=1):
-    """Start a script, with torchrun if there are several processes."""
+    """Start a script, with torchrun if there are several processes.
+
+    Ctrl-C reaches it also where it does not reach the tests, as in a job in the background.
+    """
     command = [sys.executable]
     if processes > 1:
         torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
@@ -87,6 +90,7 @@ def start(*argv, processes=1):
     return subprocess.Popen(
         [*command, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -550,7 +554,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(how, tmp_path):
     next(line for line in process.stdout if line.startswith("epoch   3/"))
     time.sleep(0.1)                                         # into the next epoch
     process.send_signal(how)
-    _, error = process.communicate()
+    _, error = process.communicate(timeout=100)
     last = stopped / "last.pt"
     assert process.returncode == -how
     if how == signal.SIGINT:
@@ -755,7 +759,7 @@ def test_evaluate_alone_finds_what_the_training_found(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
     argv = "--checkpoint", folder / "best.pt", "--pictures", "--device", "cpu"
     process = start(ROOT / "evaluate.py", *argv)
-    shown, errors = process.communicate()
+    shown, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors
     results, metrics = read_json(folder / "results.json"), read_json(folder / "metrics.json")
     assert_same(metrics, results["best"])
