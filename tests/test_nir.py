@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_common import started
+from conftest import started
 from torch.testing import assert_close
 
 import common
