@@ -543,7 +543,7 @@ def command(main):
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        signs = ("DataLoader worker (pid", "shared memory", "/torch_")
+        signs = ("DataLoader worker (pid", "/torch_")       # the second: a file in /dev/shm
         if not any(sign in str(error) for sign in signs):
             raise
         print("error: a process that loads images was ended, perhaps for want of shared memory: "
@@ -937,7 +937,7 @@ def load_file(path, option):
     except FileNotFoundError:
         reason = "does not exist"
     except IsADirectoryError:
-        reason = "is a folder, whose last.pt or best.pt is wanted"
+        reason = "is a folder; of a run, last.pt or best.pt is meant"
     except Exception as error:      # unpickling some other file can raise anything
         reason = ("is not a checkpoint, or holds more than tensors and plain values "
                   f"({type(error).__name__})")

@@ -413,9 +413,9 @@ def load_pictures(folder, loose=True):
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n > 0)
 
     if not paths:
+        because = f" (left out: {reasons})" if reasons and folder.is_dir() else ""
         raise UserError(
-            f"{folder} is no folder, or there is no image below it "
-            f"(left out: {reasons or 'nothing'}): "
+            f"{folder} is no folder, or there is no image below it{because}: "
             "give a folder with images; to train, with a sub-folder for each class"
         )
     if reasons:
