@@ -806,6 +806,14 @@ def check_options(make_criterion):
         raise UserError(f"--{option} {rest}") from None
 
 
+def refuse(args, options, run):
+    """Raise UserError if one of the options is given, though it means nothing to a run."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None:
+            raise UserError(f"--{option} {value} means nothing to {run}: leave it out")
+
+
 def table(columns):
     """Plain text of {title: metrics}, a row for each metric; "-" is for one that is missing."""
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)

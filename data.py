@@ -407,8 +407,8 @@ def load_pictures(folder, loose=True):
     paths.sort()
     below = [path.relative_to(folder).parts for path in paths]
     classes = [parts[0] if len(parts) > 1 else "" for parts in below]
-    common = ", ".join(suffix for suffix, _ in unknown.most_common(5))
-    left_out[f"file(s) that Pillow cannot read ({common})"] = unknown.total()
+    suffixes_left_out = ", ".join(suffix for suffix, _ in unknown.most_common(5))
+    left_out[f"file(s) that Pillow cannot read ({suffixes_left_out})"] = unknown.total()
     left_out["folder(s) without an image"] = len(class_folders - set(classes))
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n > 0)
 

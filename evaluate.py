@@ -383,9 +383,8 @@ def uncertainty(embeddings, labels, ambiguity=None):
 
     Returns {name: number} and the rejection curve, for embeddings (N, D) that are not
     normalised. An image is right if its nearest neighbour, by the cosines of
-    `recall_at_k`, is of its class.
-    Unlike in Recall@1 a tie is not counted against it, and an image alone in its class
-    is wrong.
+    `recall_at_k`, is of its class. Unlike in Recall@1 a tie is not counted against it,
+    and an image alone in its class is wrong.
 
         norm_auroc    chance that a right image has a larger norm than a wrong one; nan
                       if all are right or all wrong

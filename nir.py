@@ -502,16 +502,6 @@ def check_positive(name, value):
         raise ValueError(f"{name} must be above 0 and finite, not {value}")
 
 
-def refuse(args, options, run):
-    """UserError if one of the options is given, though it means nothing to a run."""
-    from data import UserError
-
-    for option in options:
-        value = getattr(args, option)
-        if value is not None:
-            raise UserError(f"--{option} {value} means nothing to {run}: leave it out")
-
-
 # ---------------------------------------------------------------------------------- the settings
 # The defaults of options that are not given: one row for each kind of run, whatever D is.
 #
@@ -549,7 +539,9 @@ def preset(args):
     args.weights is "none" by default for conv4, which is toy's network.
     """
     if args.nir_weight == 0:
-        refuse(args, ("nir_form", "flow_lr"), "--nir_weight 0, which has no flow")
+        import common
+
+        common.refuse(args, ("nir_form", "flow_lr"), "--nir_weight 0, which has no flow")
     if args.weights == "none":
         run = "toy" if args.dataset == "toy" else "scratch"
     else:

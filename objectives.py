@@ -781,7 +781,6 @@ def fixed(args):
 
 def main(argv=None):
     import common
-    from data import UserError
 
     parser = common.parser(__doc__)
     add = parser.add_argument_group("loss and miner").add_argument
@@ -798,10 +797,9 @@ def main(argv=None):
 
     applies_to = {"miner": MINED, "beta": ("margin",), "loss_lr": LEARNED}
     for option, losses in applies_to.items():
-        value = getattr(args, option)
-        if value is not None and args.loss not in losses:
-            raise UserError(f"--{option} {value} means nothing to --loss {args.loss}, only to "
-                            f"{', '.join(losses)}: leave it out")
+        if args.loss not in losses:
+            run = f"--loss {args.loss}, only to {', '.join(losses)}"
+            common.refuse(args, (option,), run)
 
     def make_criterion(num_classes):
         loss = make_loss(args.loss, num_classes, args.embed_dim, args.beta)

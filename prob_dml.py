@@ -923,12 +923,14 @@ UNUSED = {
 
 def preset(args):
     """The row of a run, as a dictionary, with the kind of proxy and the form it takes."""
+    import common
+
     proxy = args.proxy
     if proxy is None:
         proxy = "vmf" if args.metric in ("cosine", "l2") else "nivmf"
     cell = f"{args.metric}/{proxy}"
     for word in (proxy, args.metric):
-        nir.refuse(args, UNUSED.get(word, ()), f"--metric {args.metric} --proxy {proxy}")
+        common.refuse(args, UNUSED.get(word, ()), f"--metric {args.metric} --proxy {proxy}")
     if args.weights == "none":
         row = SCRATCH.get(cell) or SCRATCH[args.metric]
     elif cell == "elk/nivmf":
