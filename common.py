@@ -76,7 +76,7 @@ def train(args, make_criterion, name):
 
     # Network, criterion, optimiser.
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % MAX_SEED)
     network = build_network(args, checkpoint, device)
     criterion = make_criterion(len(train_split.class_names)).to(device)
     model = Model(network, criterion)
@@ -99,7 +99,7 @@ def train(args, make_criterion, name):
 
         # A seed for each epoch: what a criterion draws is the same after --resume, and in all
         # processes. Batches and crops have seeds of their own: data.ClassBatches.
-        torch.manual_seed(args.seed + 7919 * (epoch + 1))
+        torch.manual_seed((args.seed + 7919 * (epoch + 1)) % MAX_SEED)
 
         start = time.monotonic()
         losses, diagnostics = train_one_epoch(model, loader, optimizer, epoch, device, out)
@@ -111,9 +111,9 @@ def train(args, make_criterion, name):
         row = {"epoch": epoch + 1, **losses, **diagnostics, "seconds": seconds}
         row[f"{selection}_recall@1"] = recall
         history.append(row)
-        print_epoch(args, row, losses, selection, len(loader), epoch_seconds)
         save_epoch(out, args, train_split.class_names, network, criterion, optimizer, scheduler,
                    history, selection)
+        print_epoch(args, row, losses, selection, len(loader), epoch_seconds)
 
     return evaluate_checkpoints(args, out, test_split, selection, device)
 
@@ -312,7 +312,8 @@ def evaluate_checkpoints(args, out, test_split, selection, device):
           flush=True)
     # A script of one's own may have a backbone that evaluate.py does not know.
     if Path(sys.argv[0]).name in ("nir.py", "prob_dml.py", "objectives.py"):
-        print(f"\npictures: {LAUNCHER} evaluate.py --checkpoint {out / 'best.pt'} --pictures")
+        words = [script_beside("evaluate.py"), "--checkpoint", str(out / "best.pt"), "--pictures"]
+        print(f"\npictures: {LAUNCHER} {shlex.join(words)}")
     return columns
 
 
@@ -522,13 +523,14 @@ def make_device(name):
 
 LAUNCHER = "python"         # printed before a script's name; a program that starts it may set it
 current_run = None          # folder of the run that is being trained, a Path
-made_folder = False         # whether this run has made it
+started_anew = False        # whether it is a new run, not a resumed one
+made_folder = False         # whether this run has made the folder
 
 
 def command(main):
     """Run a script's main. A user's mistake is one line on stderr and exit code 2."""
-    global current_run
-    current_run = None
+    global current_run, started_anew
+    current_run, started_anew = None, False
     warnings.showwarning = print_warning
     try:
         try:
@@ -544,32 +546,47 @@ def command(main):
         sys.exit(2)
     except RuntimeError as error:
         signs = ("DataLoader worker (pid", "/torch_")       # the second: a file in /dev/shm
-        if not any(sign in str(error) for sign in signs):
+        if isinstance(error, torch.OutOfMemoryError):
+            sentence = "the GPU has too little memory: give a smaller --batch_size"
+        elif any(sign in str(error) for sign in signs):
+            sentence = ("a process that loads images was ended, perhaps for want of shared "
+                        "memory: use --workers 0, or give a container more of it (docker run "
+                        "--shm-size 8g)")
+        else:
             raise
-        print("error: a process that loads images was ended, perhaps for want of shared memory: "
-              "use --workers 0, or give a container more of it (docker run --shm-size 8g); "
-              f"{resume_advice()}", file=sys.stderr)
+        print(f"error: {sentence}{resume_advice()}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                                 # nobody reads on, as behind `| head`
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(1)
     except KeyboardInterrupt:
         rank, _ = processes()
         if rank == 0:
-            print(f"\ninterrupted: {resume_advice()}", file=sys.stderr, flush=True)
+            print(f"\ninterrupted{resume_advice()}", file=sys.stderr, flush=True)
         # Ended by the signal itself: a shell then ends its loop over seeds, too.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
 
 
 def resume_advice():
-    """How to go on with a run that was ended."""
-    if current_run and (current_run / "last.pt").exists():
-        return f"go on with {LAUNCHER} {sys.argv[0]} --resume {current_run / 'last.pt'}"
-    return "no epoch is complete, so there is nothing to resume"
+    """How to go on with a run that was ended: the end of a sentence."""
+    if current_run is None:
+        return ""
+    if not (current_run / "last.pt").exists():
+        return "; no epoch is complete, so there is nothing to resume"
+    words = [sys.argv[0], "--resume", str(current_run / "last.pt")]
+    return f"; go on with {LAUNCHER} {shlex.join(words)}"
+
+
+def script_beside(name):
+    """The path of another script, as somebody types it who has typed this one's."""
+    return str(Path(sys.argv[0]).with_name(name))
 
 
 def remove_unused_folder():
-    """Remove the folder of a run that ended before its first epoch was complete."""
+    """Remove the folder of a new run that ended before its first epoch was complete."""
     rank, _ = processes()
-    if rank == 0 and current_run and not (current_run / "last.pt").exists():
+    if rank == 0 and started_anew and not (current_run / "last.pt").exists():
         (current_run / "args.json").unlink(missing_ok=True)
         if made_folder:
             with contextlib.suppress(OSError):          # somebody has put files there
@@ -630,7 +647,7 @@ def add_training_options(p):
              "preset's, but at most half of the training images.")
     add("--lr", type=positive(float),
         help="Adam's learning rate of backbone and embedding layer. Default: the preset's.")
-    add("--lr_steps", type=int, nargs="*",
+    add("--lr_steps", type=positive(int), nargs="*",
         help="Epochs after which all learning rates are cut. Default: the preset's.")
     add("--lr_gamma", type=positive(float),
         help="The factor by which the rates are cut at --lr_steps. Default: the preset's.")
@@ -697,7 +714,7 @@ def parse(p, preset, argv=None, fixed=None):
     """
     args = p.parse_args(argv)
     show_help = "help" in args                      # set only if -h was given
-    if args.resume and not show_help:
+    if args.resume is not None and not show_help:
         return resumed_settings(p, args, argv)
     fill_defaults(args)
     settings = preset(args)
@@ -753,8 +770,8 @@ def settings_text(args):
     return "\n".join(lines)
 
 
-# Options in which a resumed run may differ. (It stays in its folder, whatever --out says.)
-MAY_DIFFER = {"device", "workers", "resume", "out", "data_root"}
+# Options in which a resumed run may differ.
+MAY_DIFFER = {"device", "workers", "resume", "data_root"}
 
 
 def resumed_settings(p, args, argv):
@@ -776,10 +793,10 @@ def resumed_settings(p, args, argv):
         if key not in MAY_DIFFER and value != saved[key]:
             raise UserError(f"--{key} {value} contradicts the run in {args.resume}, which has "
                             f"{saved[key]}: leave the option out to resume, or start a new run")
-    given.out = str(Path(args.resume).parent)
-    # What is saved has also what `parse` adds, such as `fixed`.
+    # What is saved has also what `parse` adds, such as `fixed`. The folder may have moved.
     differing = {key: getattr(given, key) for key in MAY_DIFFER}
-    return argparse.Namespace(**{**saved, **differing})
+    out = str(Path(args.resume).parent)
+    return argparse.Namespace(**{**saved, **differing, "out": out})
 
 
 def defaults(*classes):
@@ -833,6 +850,7 @@ def table(columns):
 # Of the checkpoints. --resume takes no older one, whose settings meant something else;
 # evaluate.py and load_network do.
 VERSION = 2
+MAX_SEED = 2 ** 63      # torch takes no seed from here on; --seed may be a longer time stamp
 
 
 def make_run_folder(args, name):
@@ -841,13 +859,14 @@ def make_run_folder(args, name):
     A folder that is given with --out may not hold a run already. Without --out the folder is
     always a new one, also if two runs start at once.
     """
-    global current_run, made_folder
+    global current_run, started_anew, made_folder
     rank, world = processes()
     out = Path(args.out or f"runs/{name}")
     made_folder = not (args.out and out.exists())
-    if args.out and not args.resume and (out / "last.pt").exists():
-        raise UserError(f"--out {out} already holds a run: resume it with --resume "
-                        f"{out / 'last.pt'}, or give another folder")
+    files = [out / name for name in ("last.pt", "best.pt", "results.json")]
+    if args.out and not args.resume and any(file.exists() for file in files):
+        raise UserError(f"--out {out} already holds a run: resume it with --resume {files[0]}, "
+                        "or give another folder")
     with data.clear_errors(f"making the folder {out}", "give another one with --out"):
         if args.out:
             out.mkdir(parents=True, exist_ok=True)
@@ -857,7 +876,7 @@ def make_run_folder(args, name):
         chosen = [out]
         dist.broadcast_object_list(chosen)
         out = chosen[0]
-    current_run = out
+    current_run, started_anew = out, not args.resume
     args.out = str(out)
     if not args.resume:
         script = os.path.relpath(sys.argv[0] or "-")        # nothing: standard input
@@ -942,10 +961,10 @@ def load_file(path, option):
     """torch.load that runs no code from the file. Raises UserError if it fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        reason = "does not exist"
     except IsADirectoryError:
         reason = "is a folder; of a run, last.pt or best.pt is meant"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
     except Exception as error:      # unpickling some other file can raise anything
         reason = ("is not a checkpoint, or holds more than tensors and plain values "
                   f"({type(error).__name__})")

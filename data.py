@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from PIL import ExifTags, Image
 from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5
 
 
@@ -139,7 +140,14 @@ def load(name, root, download=True):
         folder = find_or_fetch(root, *ARCHIVES[name], download)
     train, test = LOADERS[name](folder)
 
-    images = train.images + test.images
+    check_files(train.images + test.images)
+    train, test = without_empty_classes(train, root), without_empty_classes(test, root)
+    check_counts(name, root, train, test)
+    return train, test
+
+
+def check_files(images):
+    """Raise UserError where files are listed that are not there."""
     paths = [image for image in images if isinstance(image, (str, Path))]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
@@ -148,14 +156,9 @@ def load(name, root, download=True):
             "unpack the data again, or put them back"
         )
 
-    listed = len(train.class_names) + len(test.class_names)
-    train, test = without_empty_classes(train), without_empty_classes(test)
-    classes = len(train.class_names), len(test.class_names)
-    if sum(classes) < listed:
-        warnings.warn(
-            f"{root}: left out {listed - sum(classes)} class(es) of {name} without an image"
-        )
 
+def check_counts(name, root, train, test):
+    """Warn of unusual numbers of images; raise UserError for fewer than two classes."""
     counts = len(train.images), len(test.images)
     published = PUBLISHED.get(name)  # None for a data set of one's own
     if published and counts != published:
@@ -164,11 +167,20 @@ def load(name, root, download=True):
             f"the published split {published[0]} and {published[1]}: "
             "results on a subset cannot be compared with a paper's"
         )
+
     # Within a single class, any retrieval is right.
+    classes = len(train.class_names), len(test.class_names)
     if min(classes) < 2:
         raise UserError(
             f"{root} holds images of {classes[0]} training and {classes[1]} test classes "
             f"of {name}, but both need two: get the whole set"
+        )
+
+    both = set(train.class_names).intersection(test.class_names)
+    if both:
+        warnings.warn(
+            f"{len(both)} class(es) of {name} have the same name in training and test: "
+            "retrieval is measured on classes never seen in training"
         )
 
     single = int((torch.bincount(train.labels) == 1).sum())
@@ -176,7 +188,6 @@ def load(name, root, download=True):
         warnings.warn(
             f"{single} training class(es) have one image, which is paired with itself"
         )
-    return train, test
 
 
 def load_splits(args, download=True):
@@ -213,10 +224,13 @@ def class_range(split, first, last):
     )
 
 
-def without_empty_classes(split):
-    """The Split without the classes that have no image."""
-    classes, labels = split.labels.unique(return_inverse=True)
-    names = [split.class_names[c] for c in classes]
+def without_empty_classes(split, root):
+    """The Split without the classes that have no image, of which a warning tells."""
+    classes, labels = torch.as_tensor(split.labels).unique(return_inverse=True)
+    num_empty = len(split.class_names) - len(classes)
+    if num_empty > 0:
+        warnings.warn(f"{root}: left out {num_empty} class(es) without an image")
+    names = [str(split.class_names[c]) for c in classes]
     return split._replace(labels=labels, class_names=names)
 
 
@@ -365,13 +379,17 @@ def load_folder(root):
     """
     split = load_pictures(root, loose=False)
     names = split.class_names
-    if len(names) < 4:
+    if len(names) < 4 or {"train", "test"} <= {name.lower() for name in names}:
         raise UserError(
-            f"{root} holds {len(names)} class(es), the sub-folder(s) {', '.join(names)}, "
-            "but four are needed, two to train and two to test: "
+            f"{root} holds {len(names)} sub-folder(s), {', '.join(names[:5])}, but four "
+            "classes are needed, two to train and two to test: "
             "give a folder that holds a sub-folder for each class"
         )
     return halves(split)
+
+
+# Of the pictures in a folder. Not all that Pillow registers: a video is none.
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".mpo", ".jp2", ".tga")
 
 
 def load_pictures(folder, loose=True):
@@ -381,24 +399,20 @@ def load_pictures(folder, loose=True):
     none. Such loose pictures are left out if `loose` is False. Links are followed. Warns of
     what is left out, and raises UserError where there is no picture.
     """
-    # Some formats Pillow only writes.
-    formats = Image.registered_extensions()
-    suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN}
     folder = Path(folder)
     left_out = Counter()  # how many, by reason
-    unknown = Counter()  # files that are no pictures, by suffix
     class_folders = set()
     paths = []
 
     for base, names in walk(folder, left_out):
-        if len(base.relative_to(folder).parts) == 1:
+        if base.parent == folder:
             class_folders.add(base.name)
         for path in [base / name for name in names if not name.startswith(".")]:
             suffix = path.suffix.lower()
-            if not path.is_file():
-                left_out["broken link(s)"] += 1
-            elif suffix not in suffixes:
-                unknown[suffix or "no suffix"] += 1
+            if not os.path.isfile(path):
+                left_out["broken link(s), or no files"] += 1
+            elif suffix not in SUFFIXES:
+                left_out[f"{suffix or 'other'} file(s), which are not read"] += 1
             elif base == folder and not loose:
                 left_out["picture(s) beside the class folders"] += 1
             else:
@@ -407,10 +421,8 @@ def load_pictures(folder, loose=True):
     paths.sort()
     below = [path.relative_to(folder).parts for path in paths]
     classes = [parts[0] if len(parts) > 1 else "" for parts in below]
-    suffixes_left_out = ", ".join(suffix for suffix, _ in unknown.most_common(5))
-    left_out[f"file(s) that Pillow cannot read ({suffixes_left_out})"] = unknown.total()
     left_out["folder(s) without an image"] = len(class_folders - set(classes))
-    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n > 0)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(7) if n > 0)
 
     if not paths:
         because = f" (left out: {reasons})" if reasons and folder.is_dir() else ""
@@ -427,24 +439,22 @@ def load_pictures(folder, loose=True):
 def walk(folder, left_out):
     """Yield each folder below `folder`, and itself, with the names of its files.
 
-    Hidden folders are passed over. Links are followed, but no folder is listed twice, so
-    that a link may lead in a circle. What is passed over is counted in `left_out`.
+    Hidden folders are passed over. Links are followed, unless they lead in a circle. What
+    is passed over is counted in `left_out`.
     """
     def note_unreadable(error):
         left_out[f"folder(s) that cannot be read ({error.strerror})"] += 1
 
-    seen = {os.path.realpath(folder)}
     for base, folders, names in os.walk(folder, onerror=note_unreadable, followlinks=True):
         yield Path(base), names
 
-        visible = sorted(name for name in folders if not name.startswith("."))
+        above = {os.path.realpath(path) for path in (base, *Path(base).parents)}
+        visible = [name for name in folders if not name.startswith(".")]
         folders.clear()  # os.walk goes on with what is put here
         for name in visible:
-            target = os.path.realpath(os.path.join(base, name))
-            if target in seen:
-                left_out["link(s) to a folder that is listed already"] += 1
+            if os.path.realpath(os.path.join(base, name)) in above:
+                left_out["link(s) to a folder above"] += 1
             else:
-                seen.add(target)
                 folders.append(name)
 
 
@@ -751,7 +761,9 @@ def read_image(source, transform=None):
             source = Image.fromarray(source)
         if isinstance(source, Image.Image):
             return to_rgb(source)
-        with Image.open(source) as image:
+        # Opened here: Pillow maps the file of a path into memory, and mixes up its rows if it
+        # is a TIFF that has to be turned.
+        with open(source, "rb") as file, Image.open(file) as image:
             factor = reduction(transform, *image.size)
             if factor > 1:
                 # This has no effect on other formats than JPEG.
@@ -789,6 +801,9 @@ def to_rgb(image):
     # Pillow would clip grey values of 16 bits, rather than scale them. Its PNG and PPM
     # readers may give them the mode I.
     is_scaled = image.mode == "I" and image.format in ("PNG", "PPM")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: bits, and whether 0 is black
+    if tags.get(258, (16,))[0] == 12 or (image.mode[0] == "I" and tags.get(262) == 0):
+        raise ValueError("a TIFF of 12 bits, or of 16 bits where 0 is white, is not known")
     if image.mode.startswith("I;16") or is_scaled:
         grey = np.array(image)
         grey[grey == image.info.get("transparency", -1)] = 65535

@@ -54,6 +54,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid, save_image
 
 import data
@@ -97,7 +98,7 @@ def recall_at_k(embeddings, labels, ks):
     beyond, float32 stays float32, where they tie up to 1e-6. Images alone in their
     class are not used as queries. Raises UserError if no image has a positive.
     """
-    check_ks(ks)
+    ks = check_ks(ks)
     embeddings, labels = check(embeddings, labels, need_positives=True)
 
     # For each chunk of queries: similarities to the positives (B, M), the most similar
@@ -674,22 +675,26 @@ def as_tensor(values):
 
 
 def check_ks(ks):
-    """Raise UserError unless all k of Recall@k or mAP@k are positive whole numbers."""
+    """The k of Recall@k or mAP@k as a list; UserError unless they are positive whole numbers."""
+    ks = list(ks)
     if any(not isinstance(k, (int, np.integer)) or k < 1 for k in ks):
         raise UserError(
-            f"k = {list(ks)} cannot be evaluated: give positive whole numbers"
+            f"k = {ks} cannot be evaluated: give positive whole numbers"
         )
+    return ks
 
 
 # ----------------------------------------------------------------------------- pictures
 
-# Colours of the borders, red, green and blue in [0, 1], and their width in pixels.
+# Colours of the borders, red, green and blue in [0, 1], their width and the height of a line
+# of text in pixels.
 RIGHT = (0.1, 0.7, 0.2)
 WRONG = (0.85, 0.1, 0.1)
 NEUTRAL = (0.6, 0.6, 0.6)
 LOW = (0.8, 0.8, 0.8)
 HIGH = (0.2, 0.2, 0.2)
 BORDER = 4
+TEXT_HEIGHT = 20
 
 
 def add_border(image, colour):
@@ -714,17 +719,58 @@ def add_border(image, colour):
     return framed
 
 
+def line_of_text(width, text, colour=None):
+    """A line of text, (3, TEXT_HEIGHT, width) in [0, 1]; one that is too wide is left out.
+
+    With a colour the line begins with a square of it, else it is centred.
+    """
+    line = Image.new("RGB", (width, TEXT_HEIGHT), "white")
+    draw = ImageDraw.Draw(line)
+    middle = TEXT_HEIGHT / 2
+    if colour:
+        square = [2, 4, TEXT_HEIGHT - 6, TEXT_HEIGHT - 4]
+        draw.rectangle(square, tuple(round(255 * c) for c in colour))
+        draw.font = ImageFont.load_default(14)
+        draw.text((TEXT_HEIGHT, middle), text, "black", anchor="lm")
+        return to_tensor(line)
+
+    for size in (14, 12, 10):
+        draw.font = ImageFont.load_default(size)
+        if draw.textlength(text) <= width:
+            draw.text((width / 2, middle), text, "black", anchor="mm")
+            break
+    return to_tensor(line)
+
+
+def save_tiles(path, legend, tiles, texts, columns):
+    """Write pictures in rows, each with a text below it, under a legend {text: colour}."""
+    width = tiles[0].shape[2]
+    lines = [line_of_text(width, text) for text in texts]
+    tiles = [torch.cat(parts, dim=1) for parts in zip(tiles, lines)]
+    grid = make_grid(tiles, nrow=columns, pad_value=1)
+    rows = [line_of_text(grid.shape[2], text, colour) for text, colour in legend.items()]
+    save_image(torch.cat([*rows, grid], dim=1), path)
+
+
 @full_precision
 def save_retrieval(
-    path, load_image, embeddings, labels, num_queries=10, neighbours=5, seed=0
+    path,
+    load_image,
+    embeddings,
+    labels,
+    num_queries=10,
+    neighbours=5,
+    seed=0,
+    class_names=None,
 ):
     """Write a picture, each row a random query (grey border) and its nearest images.
 
-    Their border is green if they are of the query's class, red if not. `load_image(i)`
-    gives picture i, (3, H, W) in [0, 1], all of one size; it is called only for those
-    that are shown. Each query has a positive. Raises UserError if no image has
-    one.
+    Their border is green if they are of the query's class, red if not. Below each is the
+    name of its class, where it is short enough. `load_image(i)` gives picture i, (3, H, W)
+    in [0, 1], all of one size; it is called only for those that are shown. Each query has
+    a positive. Raises UserError if no image has one.
     """
+    original_labels = labels  # `check` numbers them anew
     embeddings, labels = check(embeddings, labels, need_positives=True)
     unit = unit_vectors(embeddings)
 
@@ -736,20 +782,27 @@ def save_retrieval(
     neighbours = min(neighbours, len(labels) - 1)
     nearest = cosines_to_others(unit, queries).topk(neighbours).indices
 
-    tiles = []
+    tiles, texts = [], []
     for query, found in zip(queries.tolist(), nearest.tolist()):
         tiles.append(add_border(load_image(query), NEUTRAL))
         for i in found:
             colour = RIGHT if labels[i] == labels[query] else WRONG
             tiles.append(add_border(load_image(i), colour))
-    save_image(make_grid(tiles, nrow=1 + neighbours, pad_value=1), path)
+        for i in (query, *found):
+            texts.append(class_names[original_labels[i]] if class_names else "")
+    legend = {
+        "a query, then the images nearest to it": NEUTRAL,
+        "of the query's class": RIGHT,
+        "of another class": WRONG,
+    }
+    save_tiles(path, legend, tiles, texts, columns=1 + neighbours)
 
 
 def save_norm_extremes(path, load_image, embeddings, labels, classes=8, each=3):
     """Write a picture, each row a class: its images of lowest norm, then of highest.
 
-    `each` images of either kind are shown, with a light and with a dark border. The
-    classes are evenly spaced among those that have enough images. The embeddings (N, D)
+    `each` images of either kind are shown, with a light and with a dark border, the norm
+    below. The classes are evenly spaced among those that have enough images. The embeddings (N, D)
     are not normalised; `load_image` is that of `save_retrieval`. Raises UserError if no
     class has two images.
     """
@@ -762,7 +815,7 @@ def save_norm_extremes(path, load_image, embeddings, labels, classes=8, each=3):
     classes = min(classes, len(possible))
     shown = possible[torch.arange(classes) * len(possible) // classes]
 
-    tiles = []
+    tiles, texts = [], []
     for c in shown:
         members = (labels == c).nonzero().flatten()
         members = members[norms[members].argsort()].tolist()
@@ -770,7 +823,12 @@ def save_norm_extremes(path, load_image, embeddings, labels, classes=8, each=3):
             tiles.append(add_border(load_image(i), LOW))
         for i in members[-each:]:
             tiles.append(add_border(load_image(i), HIGH))
-    save_image(make_grid(tiles, nrow=2 * each, pad_value=1), path)
+        texts += [f"{norms[i]:.3g}" for i in members[:each] + members[-each:]]
+    legend = {
+        "a class's embeddings of lowest norm": LOW,
+        "of highest norm; the number is the norm": HIGH,
+    }
+    save_tiles(path, legend, tiles, texts, columns=2 * each)
 
 
 # The colours of the curves of the first ten groups.
@@ -884,7 +942,8 @@ def read_run(folder):
             run.numbers[name] = float(value)
     except Exception as error:  # a file that somebody changed fails in any way
         # Perhaps it is a folder of runs, or a file of one.
-        runs = [*folder.glob("*/**/results.json"), *folder.parent.glob("results.json")]
+        runs = [*folder.glob("*/results.json"), *folder.glob("*/*/results.json")]
+        runs += folder.parent.glob("results.json")
         example = min(runs).parent if runs else "runs/NAME-seed0"
         pattern = re.sub(r"\d+$", "*", str(example))
         raise UserError(
@@ -926,25 +985,33 @@ def read_groups(folders):
 
 
 def number_format(metric):
-    """How a metric is written: factor, unit, format of values, format of deviations."""
+    """How a metric is written: factor, unit, format."""
     fractions = ("recall@", "test_recall@", "val_recall@", "map@", "nmi", "f1")
     if metric.startswith(fractions):
-        return 100, " %", ".1f", ".1f"
-    return 1, "", ".4g", ".2g"
+        return 100, " %", ".1f"
+    return 1, "", ".4g"
 
 
 def format_metric(metric, values):
     """A metric's values over the seeds as "mean ± sample deviation".
 
-    Fractions are in percent. "-" if a value is missing, which is nan.
+    Fractions are in percent, other numbers have two digits of the deviation. "-" if a value
+    is missing, which is nan.
     """
     if np.isnan(values).any():
         return "-"
-    factor, unit, digits, deviation_digits = number_format(metric)
-    text = f"{factor * np.mean(values):{digits}}"
-    if len(values) > 1:
-        text += f" ± {factor * np.std(values, ddof=1):{deviation_digits}}"
-    return text + unit
+    factor, unit, digits = number_format(metric)
+    mean = factor * np.mean(values)
+    if len(values) < 2:
+        return f"{mean:{digits}}{unit}"
+
+    deviation = factor * np.std(values, ddof=1)
+    deviation_digits = digits if unit else ".2g"
+    if not unit and deviation > 1e-6:
+        places = 1 - math.floor(math.log10(deviation))
+        mean, deviation = round(mean, places), round(deviation, places)
+        digits = deviation_digits = f".{max(0, places)}f"
+    return f"{mean:{digits}} ± {deviation:{deviation_digits}}{unit}"
 
 
 def format_difference(metric, group, baseline):
@@ -961,7 +1028,7 @@ def format_difference(metric, group, baseline):
     if group is baseline or n < 2 or np.isnan(differences).any():
         return "-"
 
-    factor, unit, digits, _ = number_format(metric)
+    factor, unit, digits = number_format(metric)
     mean = factor * np.mean(differences)
     standard_error = factor * scipy.stats.sem(differences)
     half_width = standard_error * scipy.stats.t.ppf(0.975, n - 1)
@@ -1108,7 +1175,7 @@ def draw_column(path, groups, column=None):
     run = next(iter(groups.values()))[0]
     if column is None:
         column = "val_recall@1" if run.val_fraction else "test_recall@1"
-    factor, unit, _, _ = number_format(column)
+    factor, unit, _ = number_format(column)
     names = [f"{column}@{epoch}" for epoch in range(1, run.epochs + 1)]
 
     curves = {}
@@ -1136,7 +1203,7 @@ def embed_images(options, checkpoint):
     if options.images:
         split = data.load_pictures(options.images)
     else:
-        train, _, split = data.load_splits(args, download=False)
+        train, split = data.load(args.dataset, args.data_root, download=False)
         check_test_classes(options, checkpoint, train.class_names, split.class_names)
     network = common.build_network(args, checkpoint, device)
     return args, split, common.embed(network, split, args, device)
@@ -1154,8 +1221,8 @@ def check_test_classes(options, checkpoint, train_names, test_names):
     if both and not options.allow_trained_classes:
         raise UserError(
             f"{len(both)} of {len(test_names)} test classes were trained "
-            f"({', '.join(both[:3])}), as the data set has changed since: restore it, or "
-            "give --allow_trained_classes"
+            f"({', '.join(both[:3])}): make the data set as it was in training, or give "
+            "--allow_trained_classes, also if their names alone are the same"
         )
     unknown = f"{len(gone)} trained classes ({', '.join(gone[:3])}) are gone or renamed"
     if not trained:
@@ -1194,7 +1261,13 @@ def save_pictures(folder, embeddings, split, args):
         pixels, _ = images[i]
         return pixels / 255
 
-    save_retrieval(folder / "retrieval.png", load_image, embeddings, split.labels)
+    save_retrieval(
+        folder / "retrieval.png",
+        load_image,
+        embeddings,
+        split.labels,
+        class_names=split.class_names,
+    )
     save_norm_extremes(folder / "norms.png", load_image, embeddings, split.labels)
     print(
         f"pictures: {folder / 'retrieval.png'} "
@@ -1232,10 +1305,10 @@ def main(argv=None):
     }
     file = Path(options.checkpoint)
     folder = file.parent
-    print(common.table({file.name: metrics}))
     common.save_file(folder / "metrics.json", json.dumps(metrics, indent=1))
     rows = [{"rejected": rejected, "error": error} for rejected, error in curve]
     common.save_file(folder / "rejection.csv", common.csv_text(rows))
+    print(common.table({file.name: metrics}))
     if options.pictures:
         save_pictures(folder, embeddings, split, args)
     print(f"numbers: {folder / 'metrics.json'}, {folder / 'rejection.csv'}")

@@ -65,8 +65,8 @@ def full_precision(function):
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        is_method = bool(args) and isinstance(args[0], nn.Module)
-        parameters = dict(args[0].named_parameters()) if is_method else {}
+        module = args[0] if args and isinstance(args[0], nn.Module) else nn.Module()
+        parameters = dict(module.named_parameters())
         given = [*args, *kwargs.values(), *parameters.values()]
         floats = [x for x in given if torch.is_tensor(x) and x.is_floating_point()]
         dtype = torch.float32
@@ -84,8 +84,8 @@ def full_precision(function):
                 return function(*args, **kwargs)
             # The parameters are replaced for the time of the call.
             replaced = {f"module.{name}": full(x) for name, x in parameters.items()}
-            return torch.func.functional_call(Method(args[0], function), replaced,
-                                              tuple(args[1:]), kwargs)
+            method = Method(module, function)
+            return torch.func.functional_call(method, replaced, tuple(args[1:]), kwargs)
 
     return wrapped
 
@@ -112,6 +112,7 @@ def initial_proxies(*shape):
     return nn.Parameter(torch.randn(shape) / 8)
 
 
+@full_precision
 def cosines(embeddings, proxies):
     """s, the cosine of every embedding and every proxy: (B, D) and (C, D) -> (B, C)."""
     return F.normalize(embeddings) @ F.normalize(proxies).T
@@ -435,6 +436,7 @@ class NIR(nn.Module):
             groups.append({"params": list(self.flow.parameters()), "lr": self.flow_lr})
         return groups
 
+    @full_precision
     def diagnostics(self, embeddings, labels):
         """How tight the batch's classes are, for the log: two mean cosines as {name: float}.
 
@@ -463,12 +465,14 @@ def check_batch(embeddings, labels, num_classes=None, dim=None):
     """Check embeddings (B, D) and labels (B,) of any integer type; return the labels as int64.
 
     As they are, uint8 labels would index like a mask. Raises TypeError for other things than
-    tensors, ValueError for other shapes, for labels that are not integers, and on the CPU for
-    labels outside 0 .. C-1. On a GPU, looking at them would wait for the device in every step:
-    there they become C, at which the kernels stop.
+    tensors, and for embeddings that are not floats; ValueError for other shapes, for labels
+    that are not integers, and on the CPU for labels outside 0 .. C-1. On a GPU, looking at them
+    would wait for the device in every step: there they become C, at which the kernels stop.
     """
     if not (torch.is_tensor(embeddings) and torch.is_tensor(labels)):
         raise TypeError("embeddings and labels must be tensors: use torch.from_numpy on arrays")
+    if not embeddings.is_floating_point():
+        raise TypeError(f"embeddings must be floats, not {embeddings.dtype}")
     fits = embeddings.dim() == 2 and dim in (None, embeddings.shape[1])
     if not fits or labels.shape != embeddings.shape[:1]:
         raise ValueError(f"embeddings must be (B, {dim or 'D'}) and labels (B,), not "
@@ -583,6 +587,7 @@ def main(argv=None):
     args = common.parse(make_parser(), preset, argv, fixed)
 
     def make_criterion(num_classes):
+        check_choice("loss", args.loss, LOSSES)         # a resumed run's may be somebody's own
         return NIR(
             LOSSES[args.loss](num_classes, args.embed_dim),
             args.embed_dim,

@@ -78,28 +78,41 @@ class Ranking(nn.Module):
 
     Each loss below defines its `summands`: one for each triplet, pair or anchor, two for
     each triplet in Margin. A summand is never negative. One that is 0 has no gradient: it
-    has nothing more to teach. forward and diagnostics take the arguments of `summands`.
+    has nothing more to teach. forward and diagnostics take the arguments of `summands`;
+    triplets are three tensors (T,) of indices a, p, n.
 
     Margin adds nu beta_a and divides by another number, and GenLifted adds a penalty. The loss
-    is nan if an embedding is not finite, which comparisons and miners may pass over.
+    is nan if an embedding or a parameter is not finite, which comparisons and miners may pass
+    over.
     """
 
     num_classes = None                  # labels may be any integers, except in Margin
 
     @full_precision
-    def forward(self, embeddings, labels, *triplets, **named):
-        labels = check_batch(embeddings, labels, self.num_classes)
-        value = self.value(embeddings, labels, *triplets, **named)
-        return torch.where(embeddings.isfinite().all(), value, math.nan)
+    def forward(self, embeddings, labels, triplets=None):
+        value = self.value(*self.check(embeddings, labels, triplets))
+        for x in (embeddings, *self.parameters()):
+            value = torch.where(x.isfinite().all(), value, math.nan)
+        return value
 
-    def value(self, *batch, **named):
-        summands = self.summands(*batch, **named)
+    def check(self, embeddings, labels, triplets):
+        """The arguments of `summands`. Raises ValueError for triplets of other shapes."""
+        labels = check_batch(embeddings, labels, self.num_classes)
+        if triplets is None:
+            return embeddings, labels
+        shapes = [tuple(index.shape) for index in triplets]
+        if len(shapes) != 3 or shapes != [(len(triplets[0]),)] * 3:
+            raise ValueError(f"triplets must be three index tensors (T,), not {shapes}")
+        return embeddings, labels, [index.long() for index in triplets]
+
+    def value(self, *batch):
+        summands = self.summands(*batch)
         return summands.sum() / max(len(summands), 1)
 
-    def diagnostics(self, embeddings, labels, *triplets):
+    @full_precision
+    def diagnostics(self, embeddings, labels, triplets=None):
         """For the log: the fraction of summands above 0, or nan if there are none."""
-        labels = check_batch(embeddings, labels, self.num_classes)
-        active = self.summands(embeddings, labels, *triplets) > 0
+        active = self.summands(*self.check(embeddings, labels, triplets)) > 0
         return {"active": active.float().mean()}
 
 
@@ -148,6 +161,8 @@ class Margin(Ranking):
         super().__init__()
         shapes = {"global": (), "class": (num_classes,)}
         check_choice("granularity", granularity, shapes)
+        check_at_least("margin", margin, 0)
+        check_at_least("nu", nu, 0)
         if granularity == "class":
             self.num_classes = num_classes
         self.beta = nn.Parameter(torch.full(shapes[granularity], float(beta)))
@@ -280,6 +295,7 @@ class MultiSimilarity(Ranking):
         super().__init__()
         check_positive("alpha", alpha)
         check_positive("beta", beta)
+        check_at_least("epsilon", epsilon, 0)
         self.alpha = alpha
         self.beta = beta
         self.threshold = threshold
@@ -474,6 +490,7 @@ class ClassVectors(nn.Module):
         labels = check_batch(embeddings, labels, *self.proxies.shape)
         return F.cross_entropy(self.logits(embeddings, labels), labels)
 
+    @full_precision
     def diagnostics(self, embeddings, labels):
         """For the log: the mean angle theta_iy to the own class, in degrees."""
         labels = check_batch(embeddings, labels, *self.proxies.shape)
@@ -632,11 +649,12 @@ def make_loss(name, num_classes, dim, granularity):
 
     `granularity` is for Margin alone.
     """
+    check_choice("loss", name, LOSSES)
     if name == "margin":
         return Margin(num_classes, granularity=granularity)
     if name == "sphereface":
         return SphereFace(num_classes, dim, annealing=True)
-    if name in ("softmax", "normsoftmax", "arcface"):
+    if issubclass(LOSSES[name], ClassVectors):
         return LOSSES[name](num_classes, dim)
     return LOSSES[name]()
 
@@ -761,7 +779,9 @@ def preset(args):
         regime = "sop"
     else:
         regime = "paper"
-    return dict(zip(COLUMNS, SETTINGS[regime][args.loss]))
+    rows = SETTINGS[regime]
+    row = rows.get(args.loss, rows["softmax"])          # a loss of one's own takes softmax's
+    return dict(zip(COLUMNS, row))
 
 
 def fixed(args):

@@ -59,11 +59,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import nir
-from nir import check_at_least, check_choice
+from nir import check_at_least, check_choice, full_precision
 
 # ----------------------------------------------------------------------------- the distributions
 
 
+@full_precision
 def vmf_log_prob(z, mu, kappa):
     """Log density of a von Mises-Fisher distribution at unit vectors z.
 
@@ -82,6 +83,7 @@ def vmf_log_prob(z, mu, kappa):
 FORMS = ("exact", "official")
 
 
+@full_precision
 def nivmf_log_prob(z, mu, K, form="exact"):
     """Log density of non-isotropic vMFs at unit vectors z (..., D), for every class: (..., C).
 
@@ -115,6 +117,7 @@ def nivmf_log_prob(z, mu, K, form="exact"):
     return log_C_D + Kz_Kmu / norm_Kz + log_volume
 
 
+@full_precision
 def official_log_likelihood(z, mu, K):
     """The official code's formula for the log-likelihood metric; shapes as in `nivmf_log_prob`.
 
@@ -184,6 +187,7 @@ def check_vmfs(embeddings, mu, kappa):
                          f"for each class (C,), not {shapes}")
 
 
+@full_precision
 def elk_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0,
               generator=None):
     """EL-nivMF, the paper's method: log of the expected likelihood kernel, int p(z) q(z) dz.
@@ -202,6 +206,7 @@ def power_mean(log_x, T):
     return T * ((log_x / T).logsumexp(0) - math.log(len(log_x)))
 
 
+@full_precision
 def elk_vmf(embeddings, mu, kappa):
     """Log of the expected likelihood kernel of two vMFs, in closed form.
 
@@ -210,6 +215,7 @@ def elk_vmf(embeddings, mu, kappa):
     return vmf_product_kernel(embeddings, mu, kappa, r=1.0)
 
 
+@full_precision
 def bhattacharyya_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0,
                         generator=None):
     """Log of the Bhattacharyya coefficient, int sqrt(p(z) q(z)) dz.
@@ -225,6 +231,7 @@ def bhattacharyya_nivmf(embeddings, mu, K, num_samples, form="exact", power_temp
     return power_mean(log_root, power_temperature)      # (B, C)
 
 
+@full_precision
 def bhattacharyya_vmf(embeddings, mu, kappa):
     """Log of the Bhattacharyya coefficient of two vMFs: the kernel of order r = 1/2."""
     return vmf_product_kernel(embeddings, mu, kappa, r=0.5)
@@ -249,6 +256,7 @@ def vmf_product_kernel(embeddings, mu, kappa, r):
     return r * (image_log_C_D + log_C_D) - log_vmf_normalizer(r * norm_of_sum, D)
 
 
+@full_precision
 def kl_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0,
              generator=None):
     """The negative Kullback-Leibler divergence from image to class, -KL(p || q).
@@ -267,6 +275,7 @@ def kl_nivmf(embeddings, mu, K, num_samples, form="exact", power_temperature=1.0
     return log_q.mean(0) + entropy                      # (B, C)
 
 
+@full_precision
 def kl_vmf(embeddings, mu, kappa):
     """-KL(p || q) of two vMFs, in closed form.
 
@@ -293,6 +302,7 @@ def image_entropy(embeddings):
     return entropy.to(embeddings), A_by_kappa.to(embeddings)
 
 
+@full_precision
 def loglik_nivmf(embeddings, mu, K, form="exact"):
     """The classes' log densities at the image's mean direction; its norm plays no part.
 
@@ -303,6 +313,7 @@ def loglik_nivmf(embeddings, mu, K, form="exact"):
     return log_density(unit_vectors(embeddings), mu, K)
 
 
+@full_precision
 def loglik_vmf(embeddings, mu, kappa):
     """The classes' log densities at the image's mean direction, for vMFs."""
     check_vmfs(embeddings, mu, kappa)
@@ -311,11 +322,13 @@ def loglik_vmf(embeddings, mu, kappa):
     return log_C_D + unit_vectors(embeddings) @ natural.T
 
 
+@full_precision
 def cosine(embeddings, mu, kappa=None):
     """mu1 . mu2. `kappa` is not used; it is there for callers that treat all metrics alike."""
     return unit_vectors(embeddings) @ mu.T
 
 
+@full_precision
 def l2(embeddings, mu, length):
     """-||psi - rho||^2, where psi is not normalised and rho = length mu."""
     check_vmfs(embeddings, mu, length)
@@ -401,15 +414,16 @@ class ProbabilisticProxies(nn.Module):
     def forward(self, embeddings, labels, generator=None):
         """Loss of embeddings (B, D) with labels (B,) in 0 .. C-1, mean over the batch: a scalar."""
         labels = nir.check_batch(embeddings, labels, *self.proxies.shape)
+        self.keep_above_floors()
         return F.cross_entropy(self.logits(embeddings, generator), labels)
 
-    @nir.full_precision
+    @full_precision
     def logits(self, embeddings, generator=None):
         """similarity / T, (B, C)."""
         # `similarity` clamps T, in place, before anything is divided by it.
         return self.similarity(embeddings, generator) / self.temperature
 
-    @nir.full_precision
+    @full_precision
     def similarity(self, embeddings, generator=None):
         """Similarity of the embeddings (B, D) and every class: (B, C)."""
         D = self.proxies.shape[1]
@@ -738,6 +752,7 @@ class VMFSample(torch.autograd.Function):
         theta = sample_angle(kappa.double().expand(num_samples, -1), D, generator)  # (S, B)
         shape = (num_samples, *mu.shape)
         z = torch.randn(shape, dtype=mu.dtype, device=mu.device, generator=generator)
+        z.masked_fill_(z == 0, 1e-15)       # it happens, and at D = 2 zero has no direction
 
         # First a sample around the axis -sign e_1, which is the one of e_1 and -e_1 that is
         # farther from mu: cos(theta) along it, and the other coordinates of length sin(theta).

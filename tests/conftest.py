@@ -10,6 +10,9 @@ Beside the tests, this folder has four scripts:
 All tests run on one thread: on these sizes, more threads only wait for each other.
 """
 import argparse
+import contextlib
+import json
+import math
 import os
 from pathlib import Path
 
@@ -33,10 +36,62 @@ needs_real = pytest.mark.skipif(
 )
 
 # The options of a small run on photographs. The folder comes with --data_root.
-SMALL = [
-    "--dataset", "folder", "--arch", "conv4", "--image_size", "16", "--embed_dim", "8",
-    "--batch_size", "8", "--workers", "0", "--device", "cpu",
+SMALL = (
+    "--dataset folder --arch conv4 --image_size 16 --embed_dim 8 "
+    "--batch_size 8 --workers 0 --device cpu"
+).split()
+
+parametrize = pytest.mark.parametrize
+not_finite = parametrize("bad", [math.nan, math.inf, -math.inf])
+
+ONES, ZEROS, FIRST = torch.ones(4, 5), torch.zeros(4).long(), torch.tensor([1, 0, 0, 0])
+WRONG = [
+    (ONES, ZEROS[:, None], ValueError, r"embeddings must be .* not \(4, 5\) and \(4, 1\)"),
+    (ONES, ZEROS[:3], ValueError, r"embeddings must be .* and \(3,\)"),
+    (ONES[..., None], ZEROS, ValueError, "embeddings must be"),
+    (ONES, ZEROS.float(), ValueError, "labels must be integers, not torch.float32"),
+    (ONES, ZEROS.double(), ValueError, "labels must be integers, not torch.float64"),
+    (ONES.numpy(), ZEROS.numpy(), TypeError, "must be tensors"),
+    (ONES.numpy(), ZEROS, TypeError, "must be tensors"),
+    (ONES, ZEROS.tolist(), TypeError, "must be tensors"),
 ]
+WRONG_FOR_PROXIES = [
+    (torch.ones(4, 6), ZEROS, ValueError, r"must be \(B, 5\) and labels \(B,\), not \(4, 6\) and"),
+    (ONES, 4 * FIRST, ValueError, "labels must lie in 0 .. 3, not 0 .. 4"),
+    (ONES, -FIRST, ValueError, "not -1 .. 0"),
+    # cross_entropy would leave it out.
+    (ONES, -100 * FIRST, ValueError, "not -100 .. 0"),
+]
+# Batches that no loss takes, and none with proxies of four classes in five dimensions.
+wrong_batches = parametrize("x, y, error, message", WRONG)
+wrong_for_proxies = parametrize("x, y, error, message", WRONG + WRONG_FOR_PROXIES)
+
+
+@contextlib.contextmanager
+def refused(message, error=data.UserError):
+    """An error of one line is raised, in which the message is found."""
+    with pytest.raises(error, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
+def error_of(run, capsys):
+    """What a script prints, which has to end with exit code 2."""
+    with pytest.raises(SystemExit, match="^2$"):
+        common.command(run)
+    return capsys.readouterr().err
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_checkpoint(path):
+    return torch.load(path, weights_only=True)
 
 
 def make_photos(root, sizes=(5,) * 8, noise=0.1):
@@ -72,7 +127,7 @@ def started(monkeypatch, script, *argv):
 def train(photos, out, *argv, main=nir.main):
     """Train a small run in this process; returns its last.pt."""
     main([*SMALL, "--data_root", str(photos), "--out", str(out), *map(str, argv)])
-    return torch.load(out / "last.pt", weights_only=True)
+    return read_checkpoint(out / "last.pt")
 
 
 def assert_same(a, b):

@@ -2,23 +2,50 @@
 import argparse
 import copy
 import itertools
-import json
 import math
 import runpy
 import shutil
 import sys
+import types
 
 import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, started
+from conftest import (
+    assert_same,
+    not_finite,
+    parametrize,
+    read_checkpoint,
+    read_json,
+    refused,
+    seeded,
+    started,
+    wrong_batches,
+)
+from torch.testing import assert_close
 
 import common
 import data
 import evaluate
 import nir
 import objectives
+from objectives import (
+    LEARNED,
+    LOSSES,
+    MINED,
+    MINERS,
+    ArcFace,
+    Margin,
+    MultiSimilarity,
+    Objective,
+    Softmax,
+    SphereFace,
+    Triplet,
+    distance_probabilities,
+    make_loss,
+    mine_nearest,
+)
 
 # A batch as the sampler draws it: images 0 and 3 stand in it twice, and class 0 four times.
 # Class 3 has one image. The numbers are those of the rows of `pictures`.
@@ -34,7 +61,7 @@ def seed():
 
 def batch(dtype=torch.float64):
     """Embeddings (10, 5), not normalised, and their labels."""
-    pictures = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(8, 5, generator=seeded())
     # No negative of image 0 is beyond its positive 1, none of image 3 nearer than sqrt(2).
     pictures[1] = -pictures[0]
     pictures[:, 4] = -pictures[:, 4].abs()
@@ -60,22 +87,22 @@ def all_triplets(labels):
 def value_of(loss, embeddings, labels):
     """A loss of a batch, given all triplets if it takes any."""
     arguments = {"embeddings": embeddings, "labels": labels}
-    if isinstance(loss, (objectives.Triplet, objectives.Margin)):
+    if isinstance(loss, (Triplet, Margin)):
         arguments["triplets"] = all_triplets(labels)
     return loss(**arguments)
 
 
 def make_objective(name, miner="random"):
     """The loss as a run has it, for embeddings of `batch`."""
-    loss = objectives.make_loss(name, 4, 5, "class")
-    return objectives.Objective(loss, miner if name in objectives.MINED else None)
+    loss = make_loss(name, 4, 5, "class")
+    return Objective(loss, miner if name in MINED else None)
 
 
-EVERY_LOSS = pytest.mark.parametrize("name", objectives.LOSSES)
-EVERY_MINER = pytest.mark.parametrize("name", objectives.MINERS)
-MINED = [(name, miner) for name in objectives.MINED for miner in objectives.MINERS]
-UNMINED = [(name, None) for name in objectives.LOSSES if name not in objectives.MINED]
-EVERY_OBJECTIVE = pytest.mark.parametrize("name, miner", MINED + UNMINED)
+EVERY_LOSS = parametrize("name", LOSSES)
+EVERY_MINER = parametrize("name", MINERS)
+WITH_MINER = [(name, miner) for name in MINED for miner in MINERS]
+WITHOUT_MINER = [(name, None) for name in LOSSES if name not in MINED]
+EVERY_OBJECTIVE = parametrize("name, miner", WITH_MINER + WITHOUT_MINER)
 
 
 # ----------------------------------------------------------------------------- slow references
@@ -199,14 +226,14 @@ def assert_is(reference, loss, x, y):
     variables = [x.requires_grad_(), *loss.parameters()]
     value, expected = value_of(loss, x, y), reference(loss, x, y)
     assert value > 0
-    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
+    assert_close(value, expected, rtol=1e-9, atol=0)
     gradients = torch.autograd.grad(value, variables)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, variables)):
         assert theirs.abs().max() > 1e-4
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name, settings", [
+@parametrize("name, settings", [
     ("triplet", {"margin": 0.5}),
     ("margin", {"num_classes": 4, "beta": 1.1}),
     ("margin", {"num_classes": 4, "margin": 0.3, "nu": 0.05}),
@@ -223,7 +250,7 @@ def assert_is(reference, loss, x, y):
     ("arcface", {**SIZES, "scale": 4.0, "margin": 1.5}),
 ])
 def test_value_and_gradients_are_those_of_the_formula(name, settings):
-    loss = objectives.LOSSES[name](**settings).double()
+    loss = LOSSES[name](**settings).double()
     assert_is(REFERENCES[name], loss, *batch())
 
 
@@ -257,9 +284,9 @@ def test_without_anything_to_rank_the_loss_is_0_or_genlifteds_penalty(name, mine
     for x, y in nothing_to_rank():
         value = objective.losses(x.requires_grad_(), y)[name]
         penalty = getattr(objective.loss, "weight", 0) * x.norm(dim=1).mean()
-        torch.testing.assert_close(value, penalty)
+        assert_close(value, penalty)
         gradients = (torch.autograd.grad(loss, x)[0] for loss in (value, penalty))
-        torch.testing.assert_close(*gradients)
+        assert_close(*gradients)
 
 
 @EVERY_LOSS
@@ -281,8 +308,54 @@ def test_losses_and_miners_make_no_tensor_on_another_device(name, miner):
         objective.diagnostics(x, y)
 
 
+@parametrize("change", [
+    lambda a, p, n: (a[:, None], p[:, None], n[:, None]),
+    lambda a, p, n: (a, p, n[:1]),
+    lambda a, p, n: (a, p),
+    lambda a, p, n: torch.stack([a, p, n], dim=1),
+])
+@parametrize("name", ["triplet", "margin"])
+def test_triplets_of_other_shapes_are_refused(name, change):
+    (x, y), loss = batch(torch.float32), make_objective(name).loss
+    a, p, n = all_triplets(y)
+    small = tuple(index.to(torch.uint8) for index in (a, p, n))
+    assert torch.equal(loss(x, y, small), loss(x, y, (a, p, n)))
+    with refused(r"triplets must be three index tensors \(T,\)", ValueError):
+        loss(x, y, change(a, p, n))
+
+
+@parametrize("granularity", ["class", "global"])
+def test_a_boundary_that_is_not_finite_makes_the_loss_nan(granularity):
+    (x, y), loss = batch(torch.float32), Margin(4, granularity=granularity)
+    loss.beta.data.fill_(math.nan)
+    assert loss(x, y, all_triplets(y)).isnan()
+
+
+def test_what_is_logged_is_computed_in_float32_under_autocast():
+    for name in LOSSES:
+        (x, y), objective = batch(torch.float32), make_objective(name)
+        torch.manual_seed(0)
+        expected = objective.diagnostics(x, y)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert objective.diagnostics(x, y) == expected
+
+
+def test_a_loss_of_ones_own_is_registered_in_one_place(monkeypatch):
+    class Own(Softmax):
+        pass
+
+    monkeypatch.setitem(LOSSES, "own", Own)
+    args = types.SimpleNamespace(loss="own", weights="none", dataset="toy")
+    assert objectives.preset(args) == objectives.preset(
+        types.SimpleNamespace(loss="softmax", weights="none", dataset="toy"))
+    assert isinstance(make_loss("own", 4, 5, None), Own)
+    with refused("loss must be one of .*, own, not 'other'", ValueError):
+        make_loss("other", 4, 5, None)
+
+
 @EVERY_OBJECTIVE
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@not_finite
 def test_an_embedding_that_is_not_finite_makes_the_loss_nan(name, miner, bad):
     """Image 9 is in no triplet but as a negative, and seldom mined."""
     objective = make_objective(name, miner)
@@ -296,14 +369,14 @@ def test_an_embedding_that_is_not_finite_makes_the_loss_nan(name, miner, bad):
 
 
 @EVERY_OBJECTIVE
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_labels_of_any_integer_type_mean_the_same(name, miner, dtype):
     """As many images as classes: uint8 could be taken for a mask."""
     x, y = batch(torch.float32)
-    loss = objectives.make_loss(name, 10, 5, "class")
+    loss = make_loss(name, 10, 5, "class")
     if name == "margin":
         loss.beta.data += torch.arange(10) / 10
-    objective = objectives.Objective(loss.eval(), miner)
+    objective = Objective(loss.eval(), miner)
     values = []
     for labels in (y, y.to(dtype)):
         torch.manual_seed(0)
@@ -312,15 +385,8 @@ def test_labels_of_any_integer_type_mean_the_same(name, miner, dtype):
 
 
 @EVERY_OBJECTIVE
-@pytest.mark.parametrize("x, y, message", [
-    (torch.ones(4, 5), torch.zeros(4, 1).long(), "embeddings must be .* not .4, 5. and .4, 1."),
-    (torch.ones(4, 5), torch.zeros(3).long(), "embeddings must be"),
-    (torch.ones(4, 5, 1), torch.zeros(4).long(), "embeddings must be"),
-    (torch.ones(5), torch.tensor(0), "embeddings must be"),
-    (torch.ones(4, 5), torch.zeros(4), "labels must be integers, not torch.float32"),
-    (torch.ones(4, 5), torch.zeros(4).double(), "labels must be integers, not torch.float64"),
-])
-def test_another_batch_is_one_sentence(name, miner, x, y, message):
+@wrong_batches
+def test_wrong_batches_are_one_sentence(name, miner, x, y, error, message):
     objective = make_objective(name, miner)
     functions = [objective.losses, objective.diagnostics]
     if miner:
@@ -328,59 +394,57 @@ def test_another_batch_is_one_sentence(name, miner, x, y, message):
         functions.append(lambda x, y: objective.loss(x, y, triplets))
         functions.append(lambda x, y: objective.loss.diagnostics(x, y, triplets))
     else:
-        functions.append(objectives.distance_probabilities)
+        functions.append(distance_probabilities)
     for function in functions:
-        with pytest.raises(ValueError, match=message):
+        with refused(message, error):
             function(x, y)
 
 
-@pytest.mark.parametrize("name", objectives.LEARNED)
-@pytest.mark.parametrize("label", [4, -1, -100])
+@parametrize("name", LEARNED)
+@parametrize("label", [4, -1, -100])
 def test_labels_that_are_no_class_are_one_sentence(name, label):
     """The ranking losses without parameters take any integers."""
-    objective = make_objective(name)
-    y = torch.tensor([0, 0, label, label])
-    with pytest.raises(ValueError, match="labels must lie in 0 .. 3"):
-        objective.losses(torch.randn(4, 5), y)
-    for name in ("triplet", "multisimilarity"):
-        assert make_objective(name).losses(torch.randn(4, 5), y)[name].isfinite()
-    objectives.Margin(4, granularity="global")(torch.randn(4, 5), y, all_triplets(y))
-
-
-@EVERY_OBJECTIVE
-def test_arrays_are_one_sentence(name, miner):
-    x, y = batch(torch.float32)
-    for arrays in ((x.numpy(), y.numpy()), (x.numpy(), y), (x, y.tolist())):
-        with pytest.raises(TypeError, match="must be tensors"):
-            make_objective(name, miner).losses(*arrays)
+    x, y = torch.randn(4, 5), torch.tensor([0, 0, label, label])
+    with refused("labels must lie in 0 .. 3", ValueError):
+        make_objective(name).losses(x, y)
+    for loss in (
+        Triplet(),
+        MultiSimilarity(),
+        Margin(4, granularity="global"),
+    ):
+        assert value_of(loss, x, y).isfinite()
 
 
 @EVERY_LOSS
 def test_embeddings_and_loss_of_two_precisions_compute_in_the_higher(name):
     (x, y), loss = batch(), make_objective(name).loss.eval()
     expected = value_of(copy.deepcopy(loss).double(), x, y)
-    torch.testing.assert_close(value_of(loss.float(), x, y), expected)
+    assert_close(value_of(loss.float(), x, y), expected)
     assert value_of(loss.bfloat16(), x.float(), y).dtype == torch.float32
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: objectives.Objective(objectives.Triplet(), "Random"),
-     "miner must be one of random, semihard, nearest, distance, not 'Random'"),
-    (lambda: objectives.Margin(3, granularity="Class"), "granularity must be one of global, class"),
-    (lambda: objectives.make_loss("margin", 3, 4, None), "granularity must be one of global"),
-    (lambda: objectives.ArcFace(3, 4, margin=28.6), "margin must be at least 0 and below 3.142, not"),
-    (lambda: objectives.ArcFace(3, 4, margin=-0.5), "margin must be at least 0"),
-    (lambda: objectives.ArcFace(3, 4, margin=math.pi), "margin must be at least 0"),
-    (lambda: objectives.ArcFace(3, 4, scale=0), "scale must be above 0"),
-    (lambda: objectives.NormSoftmax(3, 4, temperature=-0.05), "temperature must be above 0"),
-    (lambda: objectives.NormSoftmax(3, 4, temperature=0), "temperature must be above 0"),
-    (lambda: objectives.MultiSimilarity(alpha=-2), "alpha must be above 0"),
-    (lambda: objectives.MultiSimilarity(beta=0), "beta must be above 0"),
-    (lambda: objectives.GenLifted(weight=-1), "weight must be at least 0"),
+@parametrize("name, option, value, message", [
+    ("margin", "granularity", "Class", "one of global, class"),
+    ("margin", "granularity", None, "one of global, class"),
+    ("arcface", "margin", 28.6, "at least 0 and below 3.142, not"),
+    ("arcface", "margin", -0.5, "at least 0"),
+    ("arcface", "margin", math.pi, "at least 0"),
+    ("arcface", "scale", 0, "above 0"),
+    ("normsoftmax", "temperature", -0.05, "above 0"),
+    ("normsoftmax", "temperature", 0, "above 0"),
+    ("multisimilarity", "alpha", -2, "above 0"),
+    ("multisimilarity", "beta", 0, "above 0"),
+    ("genlifted", "weight", -1, "at least 0"),
 ])
-def test_arguments_that_would_be_misread_are_named(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_arguments_that_would_be_misread_are_named(name, option, value, message):
+    sizes = {"margin": [3], "arcface": [3, 4], "normsoftmax": [3, 4]}.get(name, [])
+    with refused(f"^{option} must be {message}", ValueError):
+        LOSSES[name](*sizes, **{option: value})
+
+
+def test_a_miner_that_is_not_known_is_named():
+    with refused("miner must be one of random, semihard, nearest, distance, not", ValueError):
+        Objective(Triplet(), "Random")
 
 
 @EVERY_LOSS
@@ -389,7 +453,7 @@ def test_an_objective_has_its_losss_name_and_parameters(name):
     objective.loss_lr = 0.25
     assert list(objective.losses(*batch(torch.float32))) == [name]
     parameters = list(objective.loss.parameters())
-    assert len(parameters) == (name in objectives.LEARNED)
+    assert len(parameters) == (name in LEARNED)
     groups = [{"params": parameters, "lr": 0.25}] if parameters else []
     assert objective.param_groups() == groups
 
@@ -400,7 +464,7 @@ def test_an_objective_has_its_losss_name_and_parameters(name):
 def test_margin_is_zero_where_nothing_is_active():
     x = torch.eye(2).repeat_interleave(2, 0).requires_grad_()
     y = torch.tensor([0, 0, 1, 1])
-    loss = objectives.Margin(2, beta=1, nu=0.1)
+    loss = Margin(2, beta=1, nu=0.1)
     value = loss(x, y, all_triplets(y))
     gradients = torch.autograd.grad(value, [x, loss.beta])
     assert value == 0 and not any(gradient.any() for gradient in gradients)
@@ -412,7 +476,7 @@ def test_lifted_distances_of_near_copies_are_exact_in_float32():
     near = x + 1e-3 * torch.randn(30, 64)
     d = objectives.unnormalised_distances(torch.cat([x, near]))
     expected = (x.double() - near.double()).norm(dim=1)
-    torch.testing.assert_close(d[:30, 30:].diagonal().double(), expected, rtol=1e-5, atol=0)
+    assert_close(d[:30, 30:].diagonal().double(), expected, rtol=1e-5, atol=0)
 
 
 def test_multisimilarity_keeps_pairs_of_both_kinds_or_of_none():
@@ -420,7 +484,7 @@ def test_multisimilarity_keeps_pairs_of_both_kinds_or_of_none():
     y = torch.arange(8).repeat_interleave(3)
     x = F.normalize(torch.randn(8, 6))[y] + 0.25 * torch.randn(24, 6)
     x = x.double().requires_grad_()
-    loss = objectives.MultiSimilarity()
+    loss = MultiSimilarity()
     S = F.normalize(x) @ F.normalize(x).T
     same_class = y[:, None] == y
     farthest_positive = S.masked_fill(~same_class, 9).amin(1)
@@ -437,18 +501,18 @@ def test_multisimilarity_keeps_pairs_of_both_kinds_or_of_none():
 ANGLES = torch.linspace(0, math.pi, 4001, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["softmax", "normsoftmax", "sphereface", "arcface"])
+@parametrize("name", ["softmax", "normsoftmax", "sphereface", "arcface"])
 def test_class_vectors_start_uniform_within_one_over_root_d(name):
-    proxies = objectives.make_loss(name, 300, 64, None).proxies.detach()
+    proxies = make_loss(name, 300, 64, None).proxies.detach()
     assert proxies.shape == (300, 64)
     uniform = scipy.stats.uniform(-1 / 8, 2 / 8)
     assert scipy.stats.kstest(proxies.flatten(), uniform.cdf).pvalue > 1e-3
     assert proxies.abs().max() <= 1 / 8
 
 
-@pytest.mark.parametrize("kind, m", [
-    *((objectives.SphereFace, m) for m in (1, 2, 3, 4, 7)),
-    *((objectives.ArcFace, m) for m in (0.5, 1.5)),
+@parametrize("kind, m", [
+    *((SphereFace, m) for m in (1, 2, 3, 4, 7)),
+    *((ArcFace, m) for m in (0.5, 1.5)),
 ])
 def test_the_own_logit_falls_as_the_angle_grows(kind, m):
     x = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
@@ -458,10 +522,10 @@ def test_the_own_logit_falls_as_the_angle_grows(kind, m):
     assert (own_logit.diff(dim=0) < 1e-12).all()
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
+@parametrize("m", [1, 2, 3, 4, 7])
 def test_psi_is_continuous_from_1_to_1_minus_2m(m):
     c = ANGLES.cos().requires_grad_()
-    psi = objectives.SphereFace(2, 2, margin=m).psi(c)
+    psi = SphereFace(2, 2, margin=m).psi(c)
     assert psi[0].item() == pytest.approx(1)
     assert psi[-1].item() == pytest.approx(1 - 2 * m)
     assert psi.diff().abs().max() < 1.01 * m * math.pi / 4000
@@ -469,10 +533,10 @@ def test_psi_is_continuous_from_1_to_1_minus_2m(m):
     assert torch.autograd.grad(psi.sum(), c)[0][-1].item() == pytest.approx(m * m)
 
 
-@pytest.mark.parametrize("step, la", [(0, 1000), (1, 1000 / 1.12), (2, 1000 / 1.24), (10 ** 6, 5)])
+@parametrize("step, la", [(0, 1000), (1, 1000 / 1.12), (2, 1000 / 1.24), (10 ** 6, 5)])
 def test_sphereface_anneals_from_the_softmax_to_its_margin(step, la):
     """By the number of training steps, which is saved."""
-    loss = objectives.SphereFace(4, 5, annealing=True).double()
+    loss = SphereFace(4, 5, annealing=True).double()
     loss.load_state_dict({**loss.state_dict(), "step": torch.tensor(step)})
     annealed = classifier(
         lambda loss, e, w: e.norm() * cosine(e, w),
@@ -483,14 +547,14 @@ def test_sphereface_anneals_from_the_softmax_to_its_margin(step, la):
     assert loss.state_dict()["step"] == step + 1
 
 
-@pytest.mark.parametrize("margin", [0, -1, 2.5])
+@parametrize("margin", [0, -1, 2.5])
 def test_sphereface_takes_whole_margins_only(margin):
-    with pytest.raises(ValueError, match="whole numbers"):
-        objectives.SphereFace(3, 3, margin=margin)
+    with refused("whole numbers", ValueError):
+        SphereFace(3, 3, margin=margin)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [objectives.SphereFace, objectives.ArcFace])
+@parametrize("dtype", [torch.float32, torch.float64])
+@parametrize("kind", [SphereFace, ArcFace])
 def test_embeddings_on_and_opposite_to_their_class_vector_have_finite_gradients(kind, dtype):
     loss = kind(200, 64).to(dtype)
     x = torch.cat([loss.proxies, -loss.proxies]).detach().requires_grad_()
@@ -541,7 +605,7 @@ def test_columns_are_chosen_in_proportion_to_their_weights():
     assert_drawn_from(20_000 * weights / weights.sum(), chosen.bincount(minlength=5))
 
 
-@pytest.mark.parametrize("name, reference, options", [
+@parametrize("name, reference, options", [
     ("random", slow_random, {}),
     ("semihard", slow_semihard, {}),
     ("semihard", slow_semihard, {"margin": 0.5}),
@@ -562,32 +626,26 @@ def test_miners_draw_a_uniform_positive_and_their_negative(name, reference, opti
             probabilities = weights / weights.sum() / len(positives)
             expected[a, p].index_add_(0, IMAGES[negatives], probabilities)
     found = torch.zeros_like(expected)
-    rng = torch.Generator().manual_seed(0)
+    rng = seeded()
     for _ in range(600):
-        a, p, n = objectives.MINERS[name](x, y, **options, generator=rng)
+        a, p, n = MINERS[name](x, y, **options, generator=rng)
         assert a.tolist() == list(range(9))
         found[a, p, IMAGES[n]] += 1
     assert_drawn_from(600 * expected, found)
 
 
 @EVERY_MINER
-@pytest.mark.parametrize("u", [0.0, 2 ** -24, 1 - 2 ** -24])
+@parametrize("u", [0.0, 2 ** -24, 1 - 2 ** -24])
 def test_miners_choose_right_whatever_is_drawn(name, u, monkeypatch):
     """Of torch.rand in float32 these are the lowest numbers and the highest."""
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, u))
     x, y = torch.randn(12, 5), torch.arange(12) % 4
-    a, p, n = objectives.MINERS[name](x, y)
+    a, p, n = MINERS[name](x, y)
     assert len(a) == 12
     assert (y[a] == y[p]).all() and (a != p).all() and (y[a] != y[n]).all()
 
 
-def test_a_positive_for_which_0_is_drawn_is_of_the_own_class():
-    x, y = torch.randn(112, 8), torch.arange(56).repeat_interleave(2)
-    a, p, n = objectives.mine_random(x, y, torch.Generator().manual_seed(99002))
-    assert (y[a] == y[p]).all() and (y[a] != y[n]).all()
-
-
-@pytest.mark.parametrize("mine", [objectives.mine_semihard, objectives.mine_nearest])
+@parametrize("mine", [objectives.mine_semihard, mine_nearest])
 def test_a_copy_of_the_positive_is_not_beyond_it(mine):
     """Only image 3 is."""
     x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, 0.6], [0.7, 0.7]])
@@ -599,22 +657,18 @@ def test_a_copy_of_the_positive_is_not_beyond_it(mine):
 def test_without_a_positive_or_a_negative_miners_return_empty_tensors(name):
     x, y = batch()
     for labels in (torch.zeros_like(y), torch.arange(len(y))):
-        for index in objectives.MINERS[name](x, labels):
+        for index in MINERS[name](x, labels):
             assert index.shape == (0,) and index.dtype == torch.long
 
 
 @EVERY_MINER
 def test_a_generator_fixes_the_triplets_and_nothing_else_is_drawn(name):
     before = torch.get_rng_state()
-    first, again = (
-        objectives.MINERS[name](*batch(), generator=torch.Generator().manual_seed(3))
-        for _ in range(2)
-    )
-    assert_same(first, again)
+    assert_same(*(MINERS[name](*batch(), generator=seeded(3)) for _ in range(2)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("D", [2, 3, 8, 128])
+@parametrize("D", [2, 3, 8, 128])
 def test_distance_probabilities_are_inverse_to_the_spheres_density(D):
     """Of distances from 0, where there are copies, to 2."""
     x = torch.randn(24, D).double() / D ** 0.5
@@ -629,16 +683,16 @@ def test_distance_probabilities_are_inverse_to_the_spheres_density(D):
             weights = slow_distance(0, [d[a][n] for n in negatives], D, **cutoffs)
             expected[a, negatives] = torch.tensor(weights, dtype=torch.float64)
         expected /= expected.sum(1, keepdim=True)
-        found = objectives.distance_probabilities(x, y, **cutoffs)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+        found = distance_probabilities(x, y, **cutoffs)
+        assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
 def test_distance_rows_neither_vanish_nor_overflow_in_512_dimensions():
     x, y = torch.randn(112, 512), torch.arange(56).repeat_interleave(2)
     # The weight of this pair is e^200 times all the others.
     x[2] = x[0] + 0.3 * torch.randn(512)
-    p = objectives.distance_probabilities(x, y)
-    torch.testing.assert_close(p.sum(1), torch.ones(112))
+    p = distance_probabilities(x, y)
+    assert_close(p.sum(1), torch.ones(112))
     inside = (objectives.distances(x) < 1.4) & (y[:, None] != y)
     assert p[0, 2] == 1 and inside.any(1).sum() > 50
     assert not p[~inside & inside.any(1, keepdim=True)].any()
@@ -646,26 +700,26 @@ def test_distance_rows_neither_vanish_nor_overflow_in_512_dimensions():
 
 def test_opposite_images_have_finite_probabilities_and_without_negatives_there_are_none():
     x = torch.eye(8)[[0, 0, 1, 0]] * torch.tensor([[1.0], [1.0], [1.0], [-1.0]])
-    p = objectives.distance_probabilities(x, torch.tensor([0, 0, 1, 1]), upper=2.1)
-    torch.testing.assert_close(p.sum(1), torch.ones(4))
-    assert not objectives.distance_probabilities(x, torch.zeros(4).long()).any()
+    p = distance_probabilities(x, torch.tensor([0, 0, 1, 1]), upper=2.1)
+    assert_close(p.sum(1), torch.ones(4))
+    assert not distance_probabilities(x, torch.zeros(4).long()).any()
 
 
 def test_miners_take_half_precision_and_give_no_gradient():
     x, y = batch(torch.bfloat16)
-    p = objectives.distance_probabilities(x.requires_grad_(), y)
+    p = distance_probabilities(x.requires_grad_(), y)
     assert not p.requires_grad
-    torch.testing.assert_close(p, objectives.distance_probabilities(x.float(), y))
+    assert_close(p, distance_probabilities(x.float(), y))
 
 
-@pytest.mark.parametrize("loss", [objectives.Triplet(0.7), objectives.Margin(4, margin=0.4)])
+@parametrize("loss", [Triplet(0.7), Margin(4, margin=0.4)])
 def test_the_semihard_window_of_an_objective_is_the_losss_margin(loss, monkeypatch):
     def mine(embeddings, labels, margin):
         assert margin == loss.margin
         return all_triplets(labels)
 
-    monkeypatch.setitem(objectives.MINERS, "semihard", mine)
-    objectives.Objective(loss, "semihard").losses(*batch())
+    monkeypatch.setitem(MINERS, "semihard", mine)
+    Objective(loss, "semihard").losses(*batch())
 
 
 # --------------------------------------------------------------------------------------- the log
@@ -677,7 +731,7 @@ def test_the_log_has_the_fraction_of_active_summands_and_the_mean_boundary():
     z = F.normalize(x)
     difference = (z[a] - z[p]).square().sum(1) - (z[a] - z[n]).square().sum(1)
     active = (difference + 0.2 > 0).double().mean()
-    found = objectives.Triplet().diagnostics(x, y, (a, p, n))["active"]
+    found = Triplet().diagnostics(x, y, (a, p, n))["active"]
     assert 0.1 < active < 0.9 and found.item() == pytest.approx(active.item())
     margin = make_objective("margin", "nearest")
     margin.loss.beta.data[:] = torch.tensor([1.0, 2, 3, 6])
@@ -689,7 +743,7 @@ def test_the_log_has_the_mean_distance_of_the_mined_negatives():
     """With two images a class there is one choice of the positive."""
     x, y = batch()
     x, y = x[[1, 2, 5, 6]], y[[1, 2, 5, 6]]
-    a, _, n = objectives.mine_nearest(x, y)
+    a, _, n = mine_nearest(x, y)
     z = F.normalize(x)
     logged = make_objective("triplet", "nearest").diagnostics(x, y)
     assert logged["mined_distance"] == pytest.approx((z[a] - z[n]).norm(dim=1).mean().item())
@@ -703,7 +757,7 @@ def test_the_log_has_the_mean_angle_to_the_own_class_in_degrees():
     assert objective.diagnostics(x, y) == pytest.approx({"own_angle": angle})
     # Some cosines round to more than 1.
     many = objectives.Softmax(200, 64)
-    logged = objectives.Objective(many).diagnostics(many.proxies, torch.arange(200))
+    logged = Objective(many).diagnostics(many.proxies, torch.arange(200))
     assert logged["own_angle"] == pytest.approx(0, abs=0.1)
     assert isinstance(logged["own_angle"], float)
 
@@ -726,7 +780,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("dataset", ["cub200", "cars196", "sop"])
+@parametrize("dataset", ["cub200", "cars196", "sop"])
 @EVERY_LOSS
 def test_a_run_is_the_published_protocols(name, dataset, monkeypatch):
     miner, beta, loss_lr, constants = PUBLISHED[name]
@@ -742,7 +796,7 @@ def test_a_run_is_the_published_protocols(name, dataset, monkeypatch):
     args, make_criterion, _ = started(monkeypatch, objectives, *argv)
     assert {option: getattr(args, option) for option in expected} == expected
     criterion = make_criterion(7)
-    assert type(criterion.loss) is objectives.LOSSES[name]
+    assert type(criterion.loss) is LOSSES[name]
     assert {key: getattr(criterion.loss, key) for key in constants} == constants
     assert (criterion.miner, criterion.loss_lr) == (miner, loss_lr)
     for parameter in criterion.parameters():
@@ -780,7 +834,7 @@ def test_the_command_line_chooses_loss_miner_boundary_and_rate(monkeypatch):
     assert (criterion.miner, criterion.loss_lr) == ("semihard", 0.3)
 
 
-@pytest.mark.parametrize("argv, message", [
+@parametrize("argv, message", [
     ("--loss contrastive", "invalid choice: 'contrastive'"),
     ("--miner hard", "invalid choice: 'hard'"),
     ("--beta image", "invalid choice: 'image'"),
@@ -795,15 +849,14 @@ def test_mistakes_are_one_sentence(argv, message, capsys, monkeypatch, tmp_path)
     monkeypatch.setattr(common, "train", None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["objectives.py", "--dataset", "toy", *argv.split()])
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="^2$"):
         runpy.run_path(objectives.__file__, run_name="__main__")
-    assert caught.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error and error.count("error: ") == 1
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("loss, expected", [
+@parametrize("loss, expected", [
     ("sphereface", "loss_lr 0.03, SphereFace.margin 4, SphereFace.annealing True"),
     ("margin", "miner distance, beta class, distance_probabilities.upper 1.4"),
 ])
@@ -834,15 +887,15 @@ def train(monkeypatch):
 
     def run(toy, out, *argv):
         monkeypatch.setattr(data, "load_toy", lambda: toy)
-        common_options = ["--dataset", "toy", "--image_size", "16", "--device", "cpu"]
-        objectives.main([*common_options, "--out", str(out), *argv])
-        return common.load_checkpoint(out / "last.pt", "")
+        options = "--dataset toy --image_size 16 --device cpu --out".split()
+        objectives.main([*options, str(out), *argv])
+        return read_checkpoint(out / "last.pt")
 
     monkeypatch.setattr(evaluate, "all_metrics", recall)
     return run
 
 
-@pytest.mark.parametrize("argv", [
+@parametrize("argv", [
     "triplet --miner random", "triplet --miner semihard", "margin --miner nearest --beta global",
     "margin", "lifted", "genlifted", "multisimilarity", "softmax", "normsoftmax", "sphereface",
     "arcface",
@@ -856,26 +909,26 @@ def test_every_objective_trains_and_resumes_bit_identically(argv, small_toy, tra
             shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
 
     monkeypatch.setattr(common, "save_file", keep_the_first_epoch)
-    options = ["--batch_size", "24", "--epochs", "2", "--loss", *argv.split()]
+    options = f"--batch_size 24 --epochs 2 --loss {argv}".split()
     whole = train(small_toy, tmp_path / "whole", *options)
-    first = common.load_checkpoint(tmp_path / "stopped/last.pt", "")
+    stopped = tmp_path / "stopped/last.pt"
+    first = read_checkpoint(stopped)
     assert first["epoch"] == 1
     for part in ("network", "criterion"):
         for name, value in whole[part].items():
             assert (value != first[part][name]).any()
 
     torch.manual_seed(12345)
-    objectives.main(["--resume", str(tmp_path / "stopped/last.pt")])
-    assert_same(common.load_checkpoint(tmp_path / "stopped/last.pt", ""), whole)
+    objectives.main(["--resume", str(stopped)])
+    assert_same(read_checkpoint(stopped), whole)
 
 
-@pytest.mark.parametrize("loss, epochs", [("margin", 2), ("multisimilarity", 2), ("arcface", 4)])
+@parametrize("loss, epochs", [("margin", 2), ("multisimilarity", 2), ("arcface", 4)])
 def test_toy_training_beats_an_untrained_network_by_20_points(loss, epochs, toy, train, tmp_path):
     saved = train(toy, tmp_path, "--epochs", str(epochs), "--loss", loss)
     args = argparse.Namespace(**saved["args"])
     torch.manual_seed(args.seed)
     network = common.build_network(args)
-    embeddings = common.embed(network, toy[1], args, torch.device("cpu"))
-    untrained = evaluate.recall_at_k(embeddings, toy[1].labels, [1])[1]
-    trained = json.loads((tmp_path / "results.json").read_text())["last"]["recall@1"]
+    untrained = common.recall_at_1(network, toy[1], args, torch.device("cpu"))
+    trained = read_json(tmp_path / "results.json")["last"]["recall@1"]
     assert untrained < 0.35 and trained > untrained + 0.2

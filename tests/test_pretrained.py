@@ -1,9 +1,8 @@
 """The pretrained example: its network is the published one, its features what that computes."""
 import argparse
-import json
+import importlib
 import os
 import types
-import warnings
 from pathlib import Path
 
 import experiments
@@ -13,14 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import REAL, needs_real, read_checkpoint, read_json, refused
+from torch.testing import assert_close
 
 import common
 import data
 import evaluate
 import nir
-from data import UserError
-
-REAL = Path(os.environ.get("DML_TEST_DATA", "not given"))
 
 
 def start(patch, *words):
@@ -65,9 +63,10 @@ def trained(tmp_path_factory):
         patch.setattr(data, "read_image", noted)
         patch.setattr(common, "train_one_epoch", one_epoch)
         patch.setattr(pretrained, "reading_code", lambda: "of this test")
-        start(patch, "nir.py", "--views", "3", "--dataset", "folder", "--data_root", "photos",
-              "--weights", "weights.pth", "--image_size", "64", "--embed_dim", "8",
-              "--epochs", "2", "--workers", "0", "--device", "cpu", "--out", "run")
+        start(patch, *(
+            "nir.py --views 3 --dataset folder --data_root photos --weights weights.pth "
+            "--image_size 64 --embed_dim 8 --epochs 2 --workers 0 --device cpu --out run"
+        ).split())
         features, launcher = data.Images, common.LAUNCHER
     return types.SimpleNamespace(folder=folder, network=network.eval(), opened=opened,
                                  features=features, launcher=launcher)
@@ -97,7 +96,7 @@ def test_features_are_what_the_frozen_stages_make_of_views_and_central_crops(tra
         with torch.no_grad():
             made = trained.network.frozen((image[None] / 255 - 0.5) / 0.5)[0]
         found = torch.from_numpy(rows[row]).float()
-        torch.testing.assert_close(found, made, rtol=2e-3, atol=2e-3)
+        assert_close(found, made, rtol=2e-3, atol=2e-3)
 
     # An item's view is the remainder of its seed.
     found, _ = trained.features(train, augmented)[7, 3 * 12345 + 1]
@@ -111,7 +110,7 @@ def test_every_photograph_is_opened_before_the_first_epoch_and_none_later(traine
 
 
 def test_other_reading_code_makes_other_features(trained, splits, monkeypatch, tmp_path):
-    args = argparse.Namespace(**json.loads(Path("run/args.json").read_text()))
+    args = argparse.Namespace(**read_json(Path("run/args.json")))
     monkeypatch.setenv("RUNS", str(tmp_path))
     for version in ("of this test", "of this test", "another"):
         monkeypatch.setattr(pretrained, "reading_code", lambda version=version: version)
@@ -125,7 +124,7 @@ def test_the_version_is_the_code_that_reads_and_crops_images():
 
 
 def test_training_moves_the_last_stages_alone(trained):
-    saved = torch.load(trained.folder / "run/last.pt", weights_only=True)["network"]
+    saved = read_checkpoint(trained.folder / "run/last.pt")["network"]
     frozen = ("_conv_stem", "_bn0", *(f"_blocks.{i}." for i in range(11)))
     for name, value in trained.network.named_parameters():
         assert torch.equal(saved[f"backbone.{name}"], value) == name.startswith(frozen), name
@@ -133,25 +132,23 @@ def test_training_moves_the_last_stages_alone(trained):
 
 def test_pictures_give_what_the_features_gave(trained, splits):
     evaluate.main(["--checkpoint", "run/last.pt", "--device", "cpu"])
-    results = json.loads(Path("run/results.json").read_text())["last"]
-    metrics = json.loads(Path("run/metrics.json").read_text())
+    results = read_json(Path("run/results.json"))["last"]
+    metrics = read_json(Path("run/metrics.json"))
     assert metrics["recall@8"] == pytest.approx(results["recall@8"], abs=0.1)
     assert metrics["density"] == pytest.approx(results["density"], rel=0.02)
 
 
 def test_a_run_tells_how_to_repeat_it(trained):
-    args = json.loads((trained.folder / "run/args.json").read_text())
+    args = read_json(trained.folder / "run/args.json")
     assert args["command"].startswith("python pretrained.py nir.py --views 3 --dataset folder")
     assert trained.launcher == "python pretrained.py"
 
 
 @pytest.mark.parametrize("words", [
-    "--dataset toy --weights x.pth",
-    "--arch conv4",
-    "--dataset folder",
+    "--dataset toy --weights x.pth", "--arch conv4", "--dataset folder",
 ])
 def test_weights_and_photographs_are_asked_for(monkeypatch, words):
-    with pytest.raises(UserError, match="give these, and leave --dataset toy out"):
+    with refused("give these, and leave --dataset toy out"):
         start(monkeypatch, "nir.py", "--device", "cpu", *words.split())
 
 
@@ -168,7 +165,7 @@ def test_the_official_proxyanchor_averages_its_positive_term_over_the_batch():
     for c in range(3):
         others = [(32 * (s[j, c] + 0.1)).exp() for j in range(6) if labels[j] != c]
         negative += torch.log1p(sum(others)) / 3
-    torch.testing.assert_close(loss(embeddings, labels), positive + negative)
+    assert_close(loss(embeddings, labels), positive + negative)
 
 
 def test_the_commands_of_all_experiments_are_accepted(monkeypatch):
@@ -176,12 +173,17 @@ def test_the_commands_of_all_experiments_are_accepted(monkeypatch):
     monkeypatch.setattr(common, "train", lambda args, *_: started.append(args))
     for stage in experiments.STAGES:
         for folder, command in experiments.runs_of(stage):
-            start(monkeypatch, *command.split()[1:])
+            script, *words = command.split()
+            if script == "tests/pretrained.py":
+                start(monkeypatch, *words)
+            else:
+                importlib.import_module(script.removesuffix(".py")).main(words)
             assert started[-1].out == str(folder)
     assert len({args.out for args in started}) == len(started) > 0
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="set DML_TEST_DATA to a folder with cub_half")
+@needs_real
+@pytest.mark.filterwarnings("ignore:.*published split")
 def test_untrained_recall_on_half_of_cub_is_the_published_networks(monkeypatch):
     """76.6 % on the 1280 pooled features: architecture, weights and preprocessing are right."""
     args = argparse.Namespace(arch=pretrained.ARCH, embed_dim=1280, image_size=128,
@@ -190,9 +192,7 @@ def test_untrained_recall_on_half_of_cub_is_the_published_networks(monkeypatch):
     network = common.build_network(args).eval()
     torch.nn.init.eye_(network.embedding.weight)
     torch.nn.init.zeros_(network.embedding.bias)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is half of CUB
-        _, test = data.load("cub200", REAL / "cub_half")
+    _, test = data.load("cub200", REAL / "cub_half")
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())
     features = common.embed(network, test, args, torch.device("cpu"))

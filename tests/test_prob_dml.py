@@ -4,23 +4,31 @@ the similarities and the loss against slow references and what the paper says of
 import argparse
 import csv
 import decimal
-import functools
 import math
 import types
 from decimal import Decimal
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import started, train
+from conftest import (
+    error_of,
+    not_finite,
+    parametrize,
+    refused,
+    seeded,
+    started,
+    train,
+    wrong_for_proxies,
+)
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
-import data
 import nir
 import prob_dml
 from prob_dml import (
@@ -40,16 +48,12 @@ from prob_dml import (
 
 CELLS = [(metric, proxy) for metric in SIMILARITIES for proxy in SIMILARITIES[metric]]
 KERNELS = ("elk", "bhattacharyya", "kl")        # integrals, sampled where a proxy is a nivMF
-every_cell = pytest.mark.parametrize("metric, proxy", CELLS)
-every_kernel = pytest.mark.parametrize("metric", KERNELS)
+every_cell = parametrize("metric, proxy", CELLS)
+every_kernel = parametrize("metric", KERNELS)
 
 
 def double(*values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def directions(*shape, seed=0):
@@ -116,7 +120,7 @@ def bessel_series(kappa, D):
     return total
 
 
-@functools.cache
+@cache
 def exact_normalizer(kappa, D):
     """log C_D, A_D, A_D' and A_D'' of a float kappa, computed with 60 digits."""
     with decimal.localcontext() as context:
@@ -135,8 +139,8 @@ def exact_normalizer(kappa, D):
 CONCENTRATIONS = [0, 2 ** -20, 2 ** -10, 0.25, 10, 200, 3000, 20000]
 
 
-@pytest.mark.parametrize("dim", [2, 3, 5, 64, 81, 82, 512, 2048])
-@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 2e-7)])
+@parametrize("dim", [2, 3, 5, 64, 81, 82, 512, 2048])
+@parametrize("dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 2e-7)])
 def test_normalizer_mean_resultant_length_and_their_derivatives_are_exact(dim, dtype, rtol):
     kappa = torch.tensor(CONCENTRATIONS, dtype=dtype, requires_grad=True)
     log_C_D, A, dA, ddA = double(*(exact_normalizer(k, dim) for k in kappa.tolist())).T
@@ -150,7 +154,7 @@ def test_normalizer_mean_resultant_length_and_their_derivatives_are_exact(dim, d
         assert_close(actual.double(), expected, rtol=1e-6, atol=1e-11)
 
 
-@pytest.mark.parametrize("dim", [2, 3, 64, 512])
+@parametrize("dim", [2, 3, 64, 512])
 def test_normalizer_of_huge_concentrations_follows_hankels_expansion(dim):
     kappa = torch.tensor([1e7, 1e8], dtype=torch.float64, requires_grad=True)
     v = dim / 2 - 1
@@ -162,10 +166,9 @@ def test_normalizer_of_huge_concentrations_follows_hankels_expansion(dim):
     assert_close(mean_resultant_length(kappa, dim), expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int16])
+@parametrize("dtype", [torch.int64, torch.uint8, torch.int16])
 def test_integer_concentrations_mean_the_same_as_floats(dtype):
-    kappa = torch.arange(1, 6)
-    mu = directions(5, 3)
+    kappa, mu = torch.arange(1, 6), directions(5, 3)
     for function in (
         lambda kappa: mean_resultant_length(kappa, 3),
         lambda kappa: log_vmf_normalizer(kappa, 3),
@@ -173,15 +176,12 @@ def test_integer_concentrations_mean_the_same_as_floats(dtype):
         lambda kappa: sample_vmf(mu, kappa, 4, seeded()),
     ):
         assert_close(function(kappa.to(dtype)), function(kappa.float()), rtol=0, atol=0)
-    # coth(kappa) - 1 / kappa
-    expected = [0.313035, 0.537315, 0.671636, 0.750671, 0.800091]
-    assert_close(mean_resultant_length(kappa, 3), torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------- the densities
 
 
-@pytest.mark.parametrize("dim", [2, 3, 10, 128])
+@parametrize("dim", [2, 3, 10, 128])
 def test_vmf_density_is_scipys(dim):
     z = directions(50, dim)
     mu = directions(dim, seed=1)
@@ -191,14 +191,14 @@ def test_vmf_density_is_scipys(dim):
         np.testing.assert_allclose(log_p, expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("dim", [2, 3])
+@parametrize("dim", [2, 3])
 def test_vmf_integrates_to_one(dim):
     z, weights = quadrature(dim)
     log_p = vmf_log_prob(z.unsqueeze(1), directions(dim), double(1e-3, 1, 30, 300))
     assert_close(weights @ log_p.exp(), torch.ones_like(log_p[0]), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("K", [(2, 10), (0.1, 30), (2, 5, 10), (1, 1, 20), (0.5, 12, 4)])
+@parametrize("K", [(2, 10), (0.1, 30), (2, 5, 10), (1, 1, 20), (0.5, 12, 4)])
 def test_nivmf_integrates_to_one(K):
     D = len(K)
     z, weights = quadrature(D, n=20000 if D == 2 else 600)
@@ -207,7 +207,7 @@ def test_nivmf_integrates_to_one(K):
     np.testing.assert_allclose(weights @ density, 1, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dim", [2, 3, 64, 512])
+@parametrize("dim", [2, 3, 64, 512])
 def test_nivmf_is_the_vmf_where_all_concentrations_are_equal(dim):
     z = directions(20, dim)
     mu = directions(6, dim, seed=1)
@@ -219,7 +219,7 @@ def test_nivmf_is_the_vmf_where_all_concentrations_are_equal(dim):
 
 DENSITIES = {
     "exact": nivmf_log_prob,
-    "official": functools.partial(nivmf_log_prob, form="official"),
+    "official": partial(nivmf_log_prob, form="official"),
     "official log-likelihood": official_log_likelihood,
 }
 
@@ -239,8 +239,8 @@ def slow_nivmf_log_prob(form, z, mu, K):
     return log_p + (Kz * Kmu).sum(-1) / norm_Kz - norm_Kmu.log()
 
 
-@pytest.mark.parametrize("form", DENSITIES)
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 3e-4)])
+@parametrize("form", DENSITIES)
+@parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 3e-4)])
 def test_nivmf_is_its_formula(form, dtype, atol):
     z = directions(2, 3, 512)
     mu = directions(4, 512, seed=1)
@@ -282,8 +282,8 @@ def angle_cdf(kappa, dim):
     return lambda theta: np.interp(theta, grid, cdf / cdf[-1])
 
 
-@pytest.mark.parametrize("dim", [2, 3, 128, 512])
-@pytest.mark.parametrize("kappa", [1e-3, 1.0, 30.0, 1e4])
+@parametrize("dim", [2, 3, 128, 512])
+@parametrize("kappa", [1e-3, 1.0, 30.0, 1e4])
 def test_samples_follow_the_vmf(dim, kappa):
     n = 2000
     first_axis = torch.eye(1, dim)
@@ -309,7 +309,7 @@ def test_samples_follow_the_vmf(dim, kappa):
         assert scipy.stats.kstest((1 + x) / 2, beta.cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("dim", [2, 128, 2048])
+@parametrize("dim", [2, 128, 2048])
 def test_float32_samples_keep_their_distance_from_mu_where_kappa_is_large(dim):
     mu = directions(400, dim).float()
     z = sample_vmf(mu, torch.full((400,), 1e4), 5, seeded())
@@ -340,8 +340,8 @@ def test_derivative_of_a_sample_by_kappa_is_that_of_its_quantile_function():
     assert_close(actual, expected, rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("dim", [2, 3, 128, 512])
-@pytest.mark.parametrize("kappa", [1e-3, 2.0, 50.0, 1e4])
+@parametrize("dim", [2, 3, 128, 512])
+@parametrize("kappa", [1e-3, 2.0, 50.0, 1e4])
 def test_gradient_of_the_sample_mean_is_that_of_the_exact_mean(dim, kappa):
     mu = directions(dim)
     mus = mu.repeat(4000, 1).requires_grad_()
@@ -357,9 +357,9 @@ def test_gradient_of_the_sample_mean_is_that_of_the_exact_mean(dim, kappa):
     assert_close(by_mu @ mu, torch.zeros_like(kappas), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kappa", [math.nan, math.inf])
+@parametrize("kappa", [math.nan, math.inf])
 def test_sampling_a_concentration_that_is_not_finite_ends_with_an_error(kappa):
-    with pytest.raises(ValueError, match="not a finite number"):
+    with refused("not a finite number", ValueError):
         sample_vmf(directions(2, 4), double(1, kappa), 3)
 
 
@@ -397,7 +397,7 @@ def integral(metric, e, log_q):
 
 
 @every_kernel
-@pytest.mark.parametrize("dim", [2, 3])
+@parametrize("dim", [2, 3])
 def test_similarity_of_two_vmfs_is_its_integral(metric, dim):
     e = double(0.01, 2, 20).unsqueeze(1) * directions(3, dim)
     mu = directions(4, dim, seed=1)
@@ -408,7 +408,7 @@ def test_similarity_of_two_vmfs_is_its_integral(metric, dim):
 
 
 @every_kernel
-@pytest.mark.parametrize("dim", [2, 3])
+@parametrize("dim", [2, 3])
 def test_similarity_to_nivmfs_and_its_gradient_by_the_image_are_those_of_the_integral(metric, dim):
     """Forty estimates of a thousand samples each, against quadrature."""
     e = (double(0.5, 4, 10).unsqueeze(1) * directions(3, dim)).requires_grad_()
@@ -427,7 +427,7 @@ def test_similarity_to_nivmfs_and_its_gradient_by_the_image_are_those_of_the_int
     assert_mean(gradient.view(40, 3, dim), exact_gradient)
 
 
-@pytest.mark.parametrize("metric", [*KERNELS, "loglik"])
+@parametrize("metric", [*KERNELS, "loglik"])
 def test_similarity_to_an_isotropic_nivmf_approaches_the_closed_form_of_the_vmf(metric):
     e = double(1, 5, 12).unsqueeze(1) * directions(3, 16)
     mu = directions(5, 16, seed=1)
@@ -438,9 +438,9 @@ def test_similarity_to_an_isotropic_nivmf_approaches_the_closed_form_of_the_vmf(
     assert_close(sampled, closed, rtol=0, atol=1e-10 if metric == "loglik" else 0.1)
 
 
-@pytest.mark.parametrize("T", [0.25, 1.0, 3.0])
+@parametrize("T", [0.25, 1.0, 3.0])
 def test_power_mean_is_the_mean_of_powers(T):
-    x = torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.rand(5, 2, 3, generator=seeded()).double()
     expected = (x ** (1 / T)).mean(0) ** T
     assert_close(prob_dml.power_mean(x.log(), T), expected.log())
 
@@ -540,9 +540,9 @@ def slow_loss(metric, form, e, labels, module, z):
     return F.cross_entropy(s / T, labels)
 
 
-@pytest.mark.parametrize("metric", [*KERNELS, "loglik"])
-@pytest.mark.parametrize("form", ["exact", "official"])
-@pytest.mark.parametrize("temperature", [0.2, 3.0])
+@parametrize("metric", [*KERNELS, "loglik"])
+@parametrize("form", ["exact", "official"])
+@parametrize("temperature", [0.2, 3.0])
 def test_loss_and_its_gradients_are_those_of_the_slow_reference(metric, form, temperature):
     module = proxies(metric, C=4, D=6, temperature=temperature, form=form, samples=3).double()
     e = 3 * torch.randn(5, 6, dtype=torch.float64)
@@ -558,7 +558,7 @@ def test_loss_and_its_gradients_are_those_of_the_slow_reference(metric, form, te
         assert_close(gradient[name], values, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("proxy", ["vmf", "nivmf"])
+@parametrize("proxy", ["vmf", "nivmf"])
 def test_norm_is_a_temperature_the_class_posterior_sharpens_as_it_grows(proxy):
     module = proxies("elk", proxy, concentration_init=20.0, samples=20000)
     direction = unit_vectors(module.proxies[:1] + 0.5 * module.proxies[1:2]).detach()
@@ -568,7 +568,7 @@ def test_norm_is_a_temperature_the_class_posterior_sharpens_as_it_grows(proxy):
     assert (entropy.diff() < 0).all()
 
 
-@pytest.mark.parametrize("proxy", ["vmf", "nivmf"])
+@parametrize("proxy", ["vmf", "nivmf"])
 def test_norm_scales_the_gradient_clear_images_turn_the_network_more(proxy):
     """Halfway between two classes the posterior is 1/2 for any norm: its own factor is left."""
     module = ProbabilisticProxies(
@@ -612,7 +612,7 @@ def test_a_class_far_away_gets_no_weight_and_is_no_danger(metric, proxy):
 
 
 @every_cell
-@pytest.mark.parametrize("temperature", [1.0, 0.003])
+@parametrize("temperature", [1.0, 0.003])
 def test_loss_and_gradients_are_finite_for_embeddings_of_any_norm(metric, proxy, temperature):
     module = proxies(metric, proxy, C=10, D=512, temperature=temperature, samples=1)
     norms = torch.tensor([0, 1e-30, 1e-6, 1e-3, 1, 1e3, 1e5])
@@ -692,7 +692,7 @@ def test_lengths_of_l2_start_as_those_of_a_xavier_normal():
     assert_close(module.lengths.detach(), expected, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("name, floor, metric, proxy", [
+@parametrize("name, floor, metric, proxy", [
     ("concentrations", MIN_CONCENTRATION, "elk", "nivmf"),
     ("lengths", MIN_CONCENTRATION, "l2", "vmf"),
     ("temperature", MIN_TEMPERATURE, "elk", "nivmf"),
@@ -726,105 +726,121 @@ def test_statistics_of_norms_concentrations_and_temperature():
     assert set(proxies("cosine", "vmf").statistics(torch.ones(1, 16))) == set(norms)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(metric="mahalanobis"), "metric must be one of elk"),
-    (dict(proxy="gauss"), "proxy must be one of nivmf"),
-    (dict(form="none"), "form must be one of exact"),
-    (dict(metric="cosine"), "use proxy vmf"),
-    (dict(metric="l2"), "use proxy vmf"),
-    (dict(proxy="vmf", form="official"), "vMF proxies have one form"),
-    (dict(num_classes=0), "num_classes must be at least 1"),
-    (dict(dim=1), "dim must be at least 2"),
-    (dict(samples=0), "samples must be at least 1"),
-    (dict(temperature=0.0), "temperature must be at least 0.001"),
-    (dict(temperature=math.nan), "temperature must be"),
-    (dict(concentration_init=-1.0), "concentration_init must be at least 0.1"),
-    (dict(concentration_init=math.inf), "concentration_init must be"),
+@parametrize("option, value, message", [
+    ("metric", "mahalanobis", "metric must be one of elk"),
+    ("metric", "cosine", "use proxy vmf"),
+    ("metric", "l2", "use proxy vmf"),
+    ("proxy", "gauss", "proxy must be one of nivmf"),
+    ("form", "none", "form must be one of exact"),
+    ("num_classes", 0, "num_classes must be at least 1"),
+    ("dim", 1, "dim must be at least 2"),
+    ("samples", 0, "samples must be at least 1"),
+    ("temperature", 0.0, "temperature must be at least 0.001"),
+    ("temperature", math.nan, "temperature must be"),
+    ("concentration_init", -1.0, "concentration_init must be at least 0.1"),
+    ("concentration_init", math.inf, "concentration_init must be"),
 ])
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        ProbabilisticProxies(**{"num_classes": 3, "dim": 4, **options})
+def test_bad_options_are_named(option, value, message):
+    with refused(message, ValueError):
+        ProbabilisticProxies(**{"num_classes": 3, "dim": 4, option: value})
 
 
-def test_bad_shapes_and_labels_are_named():
-    module = ProbabilisticProxies(3, 4)
-    one = torch.ones
-    mps = types.SimpleNamespace(device=types.SimpleNamespace(type="mps"))
-    for call, message in (
-        (lambda: module(one(2, 5), one(2).long()), "embeddings must be"),
-        (lambda: module(one(2, 4), one(3).long()), r"labels \(B,\), not \(2, 4\) and \(3,\)"),
-        (lambda: module(one(2, 4), one(2, 1).long()), r"labels \(B,\), not \(2, 4\) and \(2, 1\)"),
-        (lambda: module(one(2, 4), one(2)), "labels must be integers"),
-        (lambda: module(one(2, 4), torch.tensor([0, 3])), "labels must lie in 0 .. 2, not 0 .. 3"),
-        (lambda: module(one(2, 4), torch.tensor([1, -100])), "labels must lie in 0 .. 2"),
-        (lambda: module.similarity(one(2, 5)), "embeddings must be"),
-        (lambda: module.warm_start(one(2, 4), one(2)), "labels must be integers"),
-        (lambda: module.warm_start(one(2, 4), torch.tensor([0, 3])), "labels must lie in 0 .. 2"),
-        (lambda: module.warm_start(one(2, 4), torch.tensor([0])), "embeddings must be"),
-        (lambda: vmf_log_prob(one(2, 3), one(2, 1), one(2)), "a vMF takes"),
-        (lambda: vmf_log_prob(one(2, 3), one(4), one(2)), "a vMF takes"),
-        (lambda: log_vmf_normalizer(one(2), 1), "dim 1 is too small"),
-        (lambda: prob_dml.vmf_normalizer(mps, 8), "needs float64, .* use the CPU"),
-        (lambda: sample_vmf(one(2, 3), one(3), 5), "sample_vmf takes"),
-        (lambda: sample_vmf(one(2, 3), one(2), 0), "sample_vmf takes"),
-        (lambda: sample_vmf(one(2, 1), one(2), 5), "sample_vmf takes"),
-        (lambda: nivmf_log_prob(one(2, 3), one(4, 3), one(4, 2)), "a nivMF takes"),
-        (lambda: nivmf_log_prob(one(2, 3), one(4, 3), one(4, 3), "best"), "form must be"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-@pytest.mark.parametrize("metric, proxy", CELLS)
-def test_embeddings_and_proxies_of_two_precisions_compute_in_the_higher(metric, proxy):
-    module = ProbabilisticProxies(3, 4, metric, proxy, temperature=0.5)
-    embeddings, labels = 5 * directions(6, 4), torch.arange(6) % 3
-
-    def loss_of(embeddings):
-        generator = torch.Generator().manual_seed(0)
-        return module(embeddings, labels, generator)
-
-    mixed = loss_of(embeddings)
-    module.double()
-    assert_close(mixed, loss_of(embeddings), rtol=1e-9, atol=0)
-    module.bfloat16()
-    assert loss_of(embeddings.bfloat16()).dtype == torch.float32
-
-
-def test_arrays_are_one_sentence():
-    e = np.ones((2, 4))
-    for labels in (torch.tensor([0, 1]), np.array([0, 1]), [0, 1]):
-        with pytest.raises(TypeError, match="must be tensors"):
-            ProbabilisticProxies(3, 4)(e, labels)
-
-
-VMF_FUNCTIONS = [
-    prob_dml.elk_vmf, prob_dml.bhattacharyya_vmf, prob_dml.kl_vmf, prob_dml.loglik_vmf, prob_dml.l2,
-]
-
-
-@pytest.mark.parametrize("function", VMF_FUNCTIONS)
-@pytest.mark.parametrize("e, mu, kappa", [
-    ((3, 4), (4, 4), (4, 1)), ((3, 4), (4, 4), (1,)), ((3, 4), (4, 4), ()), ((3, 4), (4,), (4,)),
-    ((4,), (4, 4), (4,)), ((3, 5), (4, 4), (4,)), ((2, 3, 4), (4, 4), (4,)),
-])
-def test_similarities_to_vmfs_take_one_number_for_each_class(function, e, mu, kappa):
-    """As many classes as dimensions, where nearly all products would fit."""
-    with pytest.raises(ValueError, match="a similarity to vMFs takes"):
-        function(torch.ones(e), torch.ones(mu), torch.ones(kappa))
-
-
-def test_the_form_of_loglik_is_not_misread():
-    with pytest.raises(ValueError, match="form must be one of exact, official, not 'Official'"):
-        prob_dml.loglik_nivmf(torch.ones(2, 3), directions(4, 3), torch.ones(4, 3), "Official")
+def test_a_vmf_has_no_official_form():
+    with refused("vMF proxies have one form", ValueError):
+        ProbabilisticProxies(3, 4, proxy="vmf", form="official")
 
 
 def test_a_negative_weight_of_proxyanchor_is_named():
-    with pytest.raises(ValueError, match="proxyanchor_weight must be at least 0"):
+    with refused("proxyanchor_weight must be at least 0", ValueError):
         Criterion(ProbabilisticProxies(3, 4), proxyanchor_weight=-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool])
+@wrong_for_proxies
+def test_wrong_batches_are_one_sentence(x, y, error, message):
+    module = ProbabilisticProxies(4, 5)
+    functions = [module]
+    if error is ValueError:
+        functions.append(module.warm_start)
+    for function in functions:
+        with refused(message, error):
+            function(x, y)
+
+
+@parametrize("function, shapes, message", [
+    (ProbabilisticProxies(3, 4).similarity, [(2, 5)], "embeddings must be"),
+    (vmf_log_prob, [(2, 3), (2, 1), 2], "a vMF takes"),
+    (vmf_log_prob, [(2, 3), 4, 2], "a vMF takes"),
+    (nivmf_log_prob, [(2, 3), (4, 3), (4, 2)], "a nivMF takes"),
+    (partial(sample_vmf, num_samples=5), [(2, 3), 3], "sample_vmf takes"),
+    (partial(sample_vmf, num_samples=0), [(2, 3), 2], "sample_vmf takes"),
+    (partial(sample_vmf, num_samples=5), [(2, 1), 2], "sample_vmf takes"),
+    (partial(log_vmf_normalizer, dim=1), [2], "dim 1 is too small"),
+    (partial(nivmf_log_prob, form="best"), [(2, 3), (4, 3), (4, 3)],
+     "form must be one of exact, official, not 'best'"),
+    (partial(prob_dml.loglik_nivmf, form="Official"), [(2, 3), (4, 3), (4, 3)],
+     "form must be one of exact, official, not 'Official'"),
+])
+def test_bad_shapes_and_forms_are_named(function, shapes, message):
+    with refused(message, ValueError):
+        function(*map(torch.ones, shapes))
+
+
+def test_a_device_without_float64_is_refused():
+    mps = types.SimpleNamespace(device=types.SimpleNamespace(type="mps"))
+    with refused("needs float64, .* use the CPU", ValueError):
+        prob_dml.vmf_normalizer(mps, 8)
+
+
+@parametrize("metric", ["elk", "bhattacharyya", "kl", "loglik", "l2"])
+@parametrize("name, shape", [
+    ("kappa", (4, 1)), ("kappa", (1,)), ("kappa", ()), ("mu", (4,)),
+    ("e", (4,)), ("e", (3, 5)), ("e", (2, 3, 4)),
+])
+def test_similarities_to_vmfs_take_one_number_for_each_class(metric, name, shape):
+    """As many classes as dimensions, where nearly all products would fit."""
+    shapes = {"e": (3, 4), "mu": (4, 4), "kappa": (4,), name: shape}
+    with refused("a similarity to vMFs takes", ValueError):
+        similarity(metric, "vmf", *map(torch.ones, shapes.values()))
+
+
+@every_cell
+def test_borrowed_similarities_compute_in_float32_under_autocast(metric, proxy):
+    e, mu, K = 5 * directions(6, 4), directions(3, 4, seed=1), torch.rand(3, 4) + 1
+    spread = K if proxy == "nivmf" else K[:, 0]
+    expected = similarity(metric, proxy, e, mu, spread)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(similarity(metric, proxy, e, mu, spread), expected)
+
+
+def test_the_floors_also_hold_for_embeddings_of_another_precision():
+    module = ProbabilisticProxies(3, 4)
+    module.temperature.data.fill_(-0.5)
+    module.concentrations.data.fill_(-4)
+    module(directions(6, 4).double(), torch.arange(6) % 3)
+    assert module.temperature.item() == pytest.approx(prob_dml.MIN_TEMPERATURE)
+    assert module.concentrations.eq(prob_dml.MIN_CONCENTRATION).all()
+
+
+def test_a_normal_number_that_is_exactly_zero_gives_a_unit_sample(monkeypatch):
+    """In two dimensions it has no direction. In float32 it comes once in some 10 million."""
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape))
+    for dim in (2, 3):
+        z = prob_dml.sample_vmf(directions(5, dim), torch.full((5,), 3.0), 4)
+        assert_close(z.norm(dim=2), torch.ones(4, 5))
+
+
+@every_cell
+def test_embeddings_and_proxies_of_two_precisions_compute_in_the_higher(metric, proxy):
+    module = ProbabilisticProxies(3, 4, metric, proxy, temperature=0.5)
+    e, labels = 5 * directions(6, 4), torch.arange(6) % 3
+    mixed = module(e, labels, seeded())
+    module.double()
+    assert_close(mixed, module(e, labels, seeded()), rtol=1e-9, atol=0)
+    module.bfloat16()
+    assert module(e.bfloat16(), labels).dtype == torch.float32
+
+
+@parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool])
 def test_labels_of_any_integer_type_mean_the_same(dtype):
     e = torch.randn(4, 5)
     labels = torch.tensor([1, 0, 0, 1])
@@ -839,7 +855,7 @@ def test_labels_of_any_integer_type_mean_the_same(dtype):
 
 
 @every_cell
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@not_finite
 def test_an_embedding_that_is_not_finite_stops_the_training(metric, proxy, bad):
     """By a loss of nan, or the sampler's sentence."""
     module = proxies(metric, proxy)
@@ -904,6 +920,7 @@ CUB_128 = (1e-5, 250, 64, [25, 50], 0.3, 0.05, 0.2, 0.002, "nivmf", 0.003, 6, 30
 CUB_512 = (1e-5, 250, 64, [31], 0.1, 0.05, 0.2, 0.002, "nivmf", 0.003, 18, 50, 5)
 ABLATION = (1e-5, 50, 106, [], 0.1, 0.05, 0.5, 0.005)
 SCRATCH = (1e-3, 15, 90, [10, 13], 0.3)
+SCRATCH_ELK = (*SCRATCH, 0.1, 0.2, 0.001)
 RUNS = {
     # EL-nivMF, as published. Other data sets and dimensions take CUB's and the next one's.
     "cub200": CUB_128,
@@ -921,11 +938,11 @@ RUNS = {
     "cub200 --metric l2": (*ABLATION, "vmf", 1, 200, 1, 10),
     "cub200 --metric cosine": (*ABLATION, "vmf", 1 / 256, 10, 1, 10),
     # From scratch, as in RESULTS.md.
-    "toy": (*SCRATCH, 0.1, 0.2, 0.001, "nivmf", 0.1, 10, 40, 200),
-    "toy --proxy vmf": (*SCRATCH, 0.1, 0.2, 0.001, "vmf", 0.1, 10, 40, 200),
-    "toy --metric bhattacharyya": (*SCRATCH, 0.1, 0.2, 0.001, "nivmf", 0.1, 10, 40, 200),
-    "toy --metric kl": (*SCRATCH, 0.1, 0.2, 0.001, "nivmf", 0.1, 10, 10, 200),
-    "toy --metric kl --proxy vmf": (*SCRATCH, 0.1, 0.2, 0.001, "vmf", 0.1, 10, 40, 200),
+    "toy": (*SCRATCH_ELK, "nivmf", 0.1, 10, 40, 200),
+    "toy --proxy vmf": (*SCRATCH_ELK, "vmf", 0.1, 10, 40, 200),
+    "toy --metric bhattacharyya": (*SCRATCH_ELK, "nivmf", 0.1, 10, 40, 200),
+    "toy --metric kl": (*SCRATCH_ELK, "nivmf", 0.1, 10, 10, 200),
+    "toy --metric kl --proxy vmf": (*SCRATCH_ELK, "vmf", 0.1, 10, 40, 200),
     "toy --metric loglik": (*SCRATCH, 0.3, 0.6, 0.003, "nivmf", 0.3, 30, 10, 200),
     "toy --metric loglik --proxy vmf": (*SCRATCH, 0.1, 0.2, 0.01, "vmf", 1, 10, 10, 200),
     "toy --metric cosine": (*SCRATCH, 0.1, 0.2, 0.00125, "vmf", 1 / 8, 10, 10, 200),
@@ -937,7 +954,7 @@ def in_columns(settings):
     return tuple(settings[name] for name in COLUMNS)
 
 
-@pytest.mark.parametrize("options", RUNS)
+@parametrize("options", RUNS)
 def test_presets_are_the_published_settings(options, monkeypatch):
     args, _, _ = started(monkeypatch, prob_dml, "--dataset", *options.split())
     args.batch_size = args.usual_batch_size
@@ -998,16 +1015,11 @@ def test_a_run_without_options_is_exact_el_nivmf_on_cub(monkeypatch):
 @every_cell
 def test_an_option_is_refused_if_and_only_if_a_cell_would_not_use_it(metric, proxy, monkeypatch):
     """Tried out: does the loss, or a rate, change with its value?"""
-    def outcome(option, value):
-        given = {"samples": 5, "form": "exact", "concentration_lr": 0.1, option: value}
-        rate = given.pop("concentration_lr")
-        torch.manual_seed(0)
-        module = ProbabilisticProxies(7, 16, metric, proxy, temperature=1.0, **given)
-        if module.proxy == "nivmf":
-            module.concentrations.data += torch.arange(16)
+    def outcome(concentration_lr=0.1, **given):
+        module = proxies(metric, proxy, **given)
         with torch.no_grad():
             loss = module(torch.randn(6, 16), torch.arange(6), seeded())
-        return float(loss), rates(Criterion(module, concentration_lr=rate))
+        return float(loss), rates(Criterion(module, concentration_lr=concentration_lr))
 
     for option, (first, second) in {
         "samples": (3, 4), "form": ("exact", "official"), "concentration_lr": (0.1, 0.2),
@@ -1015,15 +1027,13 @@ def test_an_option_is_refused_if_and_only_if_a_cell_would_not_use_it(metric, pro
         if (option, proxy) == ("form", "vmf"):
             is_used = False                 # there is one form, so `official` is refused
         else:
-            is_used = outcome(option, first) != outcome(option, second)
+            is_used = outcome(**{option: first}) != outcome(**{option: second})
         argv = f"--dataset toy --metric {metric} --proxy {proxy} --{option} {first}".split()
-        try:
+        if is_used:
             started(monkeypatch, prob_dml, *argv)
-            is_accepted = True
-        except data.UserError as error:
-            assert f"--{option} {first} means nothing to" in str(error)
-            is_accepted = False
-        assert is_accepted == is_used, option
+        else:
+            with refused(f"--{option} {first} means nothing to"):
+                started(monkeypatch, prob_dml, *argv)
 
 
 def test_lengths_of_l2_have_the_rate_of_the_concentrations(monkeypatch):
@@ -1033,14 +1043,9 @@ def test_lengths_of_l2_have_the_rate_of_the_concentrations(monkeypatch):
     assert name == "toy-l2-vmf-seed3"
 
 
-@pytest.mark.parametrize("argv, message", [
+@parametrize("argv, message", [
     ("--metric cosine --proxy nivmf", "error: --metric cosine knows no concentration"),
     ("--proxy vmf --form official", "error: --form official means nothing to --metric elk --proxy"),
-    ("--metric l2 --form exact", "error: --form exact means nothing to --metric l2 --proxy vmf"),
-    ("--metric cosine --samples 77", "error: --samples 77 means nothing to --metric cosine"),
-    ("--metric loglik --samples 7", "error: --samples 7 means nothing to --metric loglik"),
-    ("--metric kl --proxy vmf --samples 7", "error: --samples 7 means nothing to --metric kl"),
-    ("--metric cosine --concentration_lr 0.1", "error: --concentration_lr 0.1 means nothing to"),
     ("--embed_dim 1", "error: --embed_dim must be at least 2, not 1"),
     ("--temperature 1e-9", "error: --temperature must be at least 0.001, not 1e-09"),
     ("--proxyanchor_weight -1", "--proxyanchor_weight: -1 is not at least 0"),
@@ -1051,15 +1056,12 @@ def test_lengths_of_l2_have_the_rate_of_the_concentrations(monkeypatch):
 ])
 def test_an_option_without_a_sense_is_named_before_data_is_read(argv, message, capsys):
     options = ["--dataset", "cub200", "--data_root", "nowhere", "--device", "cpu", *argv.split()]
-    with pytest.raises(SystemExit) as caught:
-        common.command(lambda: prob_dml.main(options))
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in error_of(lambda: prob_dml.main(options), capsys)
 
 
-@pytest.mark.parametrize("dataset", ["cub200", "cars196"])
-@pytest.mark.parametrize("dim", [128, 512])
-@pytest.mark.parametrize("form", ["exact", "official"])
+@parametrize("dataset", ["cub200", "cars196"])
+@parametrize("dim", [128, 512])
+@parametrize("form", ["exact", "official"])
 def test_first_steps_keep_warm_started_proxies_and_free_the_temperature(
         dataset, dim, form, monkeypatch):
     """A step turns no proxy far, T leaves 0.003, and ProxyAnchor gets its share."""
