@@ -73,9 +73,11 @@ def test_the_readmes_own_backbone_loss_and_data_set_can_be_trained(runs, monkeyp
     monkeypatch.setattr(common, "BACKBONES", dict(common.BACKBONES))
     monkeypatch.setattr(nir, "LOSSES", dict(nir.LOSSES))
     monkeypatch.setattr(data, "LOADERS", dict(data.LOADERS))
+    monkeypatch.setattr("sys.argv", ["mine.py", "--seed", "3"])
     run_python("BACKBONES", __name__="__main__")
     args, = runs
     assert args.dataset in data.LOADERS
+    assert args.seed == 3
     network = common.Network(args.arch, args.embed_dim, args.image_size)
     images = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8)
     embeddings = network.eval()(images)
