@@ -224,8 +224,21 @@ def class_range(split, first, last):
     )
 
 
+def check_split(split):
+    """Raise UserError for a Split that a reader has put together wrongly."""
+    labels = torch.as_tensor(split.labels)
+    N, C = len(split.images), len(split.class_names)
+    in_range = (labels >= 0) & (labels < C)
+    if labels.shape != (N,) or labels.is_floating_point() or not in_range.all():
+        raise UserError(
+            f"a reader gives {N} images and {C} class names, but labels that do not fit them: "
+            f"{N} whole numbers from 0 to {C - 1} are needed"
+        )
+
+
 def without_empty_classes(split, root):
     """The Split without the classes that have no image, of which a warning tells."""
+    check_split(split)
     classes, labels = torch.as_tensor(split.labels).unique(return_inverse=True)
     num_empty = len(split.class_names) - len(classes)
     if num_empty > 0:
@@ -239,6 +252,7 @@ def halves(split):
 
     This is the field's protocol, except for SOP.
     """
+    check_split(split)
     num_classes = len(split.class_names)
     middle = num_classes // 2
     return class_range(split, 0, middle), class_range(split, middle, num_classes)

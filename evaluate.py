@@ -513,7 +513,7 @@ def unit_vectors(embeddings):
     """Unit vectors (N, D), in float64 for up to FLOAT64_IMAGES; zero vectors stay zero."""
     if len(embeddings) <= FLOAT64_IMAGES:
         embeddings = embeddings.double()
-    return F.normalize(embeddings, dim=1)
+    return F.normalize(embeddings, dim=1, eps=torch.finfo(embeddings.dtype).tiny)
 
 
 def chunked(queries, unit):

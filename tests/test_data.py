@@ -380,6 +380,19 @@ def test_a_readers_own_kinds_of_names_and_labels_can_be_saved(tmp_path, monkeypa
         assert train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
+@parametrize("labels", [[0, 1], [0, 1, 2, -1], [0, 1, 2, 4], [0.0, 1, 2, 3], [[0], [1], [2], [3]]])
+def test_labels_that_do_not_fit_images_and_names_are_refused(mine, tmp_path, monkeypatch, labels):
+    images = list(np.zeros((4, 8, 8), dtype=np.uint8))
+    wrong = data.Split(images, torch.tensor(labels), [*"efgh"])
+    with refused("4 images and 4 class names, but labels that do not fit"):
+        data.halves(wrong)
+    train, test = data.LOADERS["mine"](str(tmp_path))
+    for splits in ((train, wrong), (wrong, test)):
+        monkeypatch.setitem(data.LOADERS, "mine", lambda root: splits)  # noqa: B023
+        with refused("4 images and 4 class names, but labels that do not fit"):
+            data.load("mine", tmp_path)
+
+
 def test_classes_that_train_and_test_are_told(mine, tmp_path, monkeypatch):
     train, test = data.LOADERS["mine"](str(tmp_path))
     test = test._replace(class_names=["b", "d"])

@@ -108,6 +108,13 @@ def test_retrieval_agrees_with_a_slow_reference_on_data_full_of_ties(case, dtype
     assert map_at_r(x, labels) == expected
 
 
+@parametrize("scale", [1e-30, 1e-13, 1e13])
+def test_retrieval_does_not_depend_on_the_scale(scale):
+    x, y = torch.randn(60, 4, generator=seeded()), torch.arange(60) % 6
+    assert recall_at_k(scale * x, y, [1, 2]) == recall_at_k(x, y, [1, 2])
+    assert map_at_r(scale * x, y) == approx(map_at_r(x, y))
+
+
 def test_the_ties_of_that_data_change_the_result():
     case = quantised(*CASES[0])
     pessimist = reference_recall(reference_positions(*case), 1)
