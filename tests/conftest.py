@@ -5,7 +5,7 @@ Beside the tests, this folder has four scripts:
     experiments.py    lists the experiments behind RESULTS.md, and runs them
     benchmark.py      speed and memory, beside the plainest code that does the same
     pretrained.py     an example: trains a pretrained EfficientNet-Lite0 without a GPU
-    pictures.py       draws the picture at the top of the README
+    pictures.py       draws the pictures of README.md and RESULTS.md
 
 All tests run on one thread: on these sizes, more threads only wait for each other.
 """
