@@ -146,6 +146,7 @@ WORDS = {
     "g3-control": "control: ProxyAnchor alone",
     "g3-exact": "ProxyAnchor + EL-nivMF, `exact`",
     "g3-official": "ProxyAnchor + EL-nivMF, `official`",
+    "cosine": "cosine softmax, no ProxyAnchor",
     "elk-nivmf-exact": "EL-nivMF, `exact`",
     "elk-nivmf-official": "EL-nivMF, `official`",
     "elk-vmf": "ELK, vMF proxies",
