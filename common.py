@@ -76,7 +76,7 @@ def train(args, make_criterion, name):
 
     # Network, criterion, optimiser.
     checkpoint = load_checkpoint(args.resume, "--resume") if args.resume else None
-    torch.manual_seed(args.seed % MAX_SEED)
+    torch.manual_seed(args.seed % data.MAX_SEED)
     network = build_network(args, checkpoint, device)
     criterion = make_criterion(len(train_split.class_names)).to(device)
     model = Model(network, criterion)
@@ -99,7 +99,7 @@ def train(args, make_criterion, name):
 
         # A seed for each epoch: what a criterion draws is the same after --resume, and in all
         # processes. Batches and crops have seeds of their own: data.ClassBatches.
-        torch.manual_seed((args.seed + 7919 * (epoch + 1)) % MAX_SEED)
+        torch.manual_seed((args.seed + 7919 * (epoch + 1)) % data.MAX_SEED)
 
         start = time.monotonic()
         losses, diagnostics = train_one_epoch(model, loader, optimizer, epoch, device, out)
@@ -850,7 +850,6 @@ def table(columns):
 # Of the checkpoints. --resume takes no older one, whose settings meant something else;
 # evaluate.py and load_network do.
 VERSION = 2
-MAX_SEED = 2 ** 63      # torch takes no seed from here on; --seed may be a longer time stamp
 
 
 def make_run_folder(args, name):

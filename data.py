@@ -462,9 +462,11 @@ def walk(folder, left_out):
     for base, folders, names in os.walk(folder, onerror=note_unreadable, followlinks=True):
         yield Path(base), names
 
-        above = {os.path.realpath(path) for path in (base, *Path(base).parents)}
         visible = [name for name in folders if not name.startswith(".")]
         folders.clear()  # os.walk goes on with what is put here
+        if not visible:
+            continue
+        above = {os.path.realpath(path) for path in (base, *Path(base).parents)}
         for name in visible:
             if os.path.realpath(os.path.join(base, name)) in above:
                 left_out["link(s) to a folder above"] += 1
@@ -858,6 +860,9 @@ def reduction(transform, width, height):
 
 # ----------------------------------------------------------------------------- batches
 
+MAX_SEED = 2 ** 63  # torch takes no seed from here on; --seed may be a long time stamp
+
+
 class ClassBatches:
     """Random batches, drawn in pairs of images of one class, as in the official code.
 
@@ -891,7 +896,7 @@ class ClassBatches:
 
     def __iter__(self):
         # No epoch of one seed repeats one of another: no run has that many epochs.
-        seed = (self.seed * 1_000_003 + self.epoch) % 2 ** 63  # --seed may be a time stamp
+        seed = (self.seed * 1_000_003 + self.epoch) % MAX_SEED
         rng = torch.Generator().manual_seed(seed)
         for _ in range(self.num_batches):
             batch = []
