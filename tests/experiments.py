@@ -61,10 +61,10 @@ PROXYNCA = ("nir.py " + SPHERES + "--loss proxynca --epochs 150 --lr_steps 100 1
             "--proxy_lr 0.1 ")
 
 
-def nir_from_scratch(dataset, seeds):
+def nir_from_scratch(dataset, seeds, name="anchor", options=""):
     return {
-        "anchor": (seeds, f"nir.py {dataset} --nir_weight 0"),
-        "anchor-nir": (seeds, f"nir.py {dataset}"),
+        name: (seeds, f"nir.py {dataset}{options} --nir_weight 0"),
+        f"{name}-nir": (seeds, f"nir.py {dataset}{options}"),
     }
 
 
@@ -129,6 +129,8 @@ STAGES = {
     "toy-cells": cells_from_scratch(TOY),
     "toy-family": family_from_scratch(TOY),
     "omniglot-nir": nir_from_scratch(OMNIGLOT, 3),
+    "omniglot-proxynca": nir_from_scratch(OMNIGLOT, 3, "proxynca", "--loss proxynca"),
+    "omniglot-softtriple": nir_from_scratch(OMNIGLOT, 3, "softtriple", "--loss softtriple"),
     "omniglot-cells": cells_from_scratch(OMNIGLOT),
     "omniglot-family": family_from_scratch(OMNIGLOT),
 }
@@ -151,6 +153,10 @@ WORDS = {
     "elk-nivmf-official": "EL-nivMF, `official`",
     "elk-vmf": "ELK, vMF proxies",
     "loglik-nivmf-official": "log-likelihood, nivMF, `official`",
+    "proxynca": "ProxyNCA",
+    "proxynca-nir": "ProxyNCA + NIR",
+    "softtriple": "SoftTriple",
+    "softtriple-nir": "SoftTriple + NIR",
     "proxynca-control": "control: NIR's settings, no NIR",
     "proxynca-exp": "ProxyNCA + NIR, `exp`",
     "softtriple-control": "control: NIR's settings, no NIR",
