@@ -337,7 +337,7 @@ NIR_GROUPS = {
     "anchor-official": ("ProxyAnchor with the official settings", PURPLE),
     "anchor-control": ("control: NIR's settings without NIR", BLUE),
     "anchor-exp": ("with NIR, official form, exp(-log p)", RED),
-    "anchor-nll": ("with NIR, the paper's formula, -log p", GREEN),
+    "anchor-nll": ("with NIR, the project page's form, -log p", GREEN),
 }
 NIVMF_GROUPS = {
     "g3-control": ("control: ProxyAnchor alone, EL-nivMF's settings", BLUE),
