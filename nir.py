@@ -370,7 +370,7 @@ class NIR(nn.Module):
 
     `form` chooses L_NIR, where nll_i = -log p(psi_i | rho_y):
 
-        "nll", the paper's            mean_i nll_i
+        "nll", the project page's     mean_i nll_i
         "exp", the official code's    mean_i exp(0.5 ||zeta_i||^2 - log|det J_i|)
 
     The exponent is nll_i without its constant D/2 log 2 pi.
@@ -565,7 +565,8 @@ def make_parser():
     add("--loss", choices=LOSSES, default="proxyanchor",
         help="The proxy loss. Default: proxyanchor.")
     add("--nir_form", choices=FORMS,
-        help="The NIR term: nll is the paper's, exp the official code's. Default: the preset's.")
+        help="The NIR term: nll is the project page's, exp the official code's. Default: the "
+             "preset's.")
     add("--nir_weight", type=not_negative,
         help="Weight of the NIR term; 0 is the baseline without NIR. Default: the preset's.")
     add("--proxy_weight", type=not_negative,
