@@ -94,11 +94,16 @@ STAGES = {
         "anchor-nll": (5, NIR + "--nir_form nll --nir_weight 7.5e-5"),
         "anchor-positions": (3, NIR + CONTROL + "--loss proxyanchor-positions"),
     },
-    # The control is ProxyAnchor alone. A proxy of length 6 that moves by 0.05 turns as far as one
-    # of length sqrt(128) / 8 that moves by 0.0118.
+    # The control trains as EL-nivMF does: its first weights and proxies, its rates. But EL-nivMF's
+    # term has a millionth of its share: ProxyAnchor's weight and weight decay are a million times
+    # as large, and Adam does not see a loss's scale.
+    #
+    # "plain" is ProxyAnchor in the usual network. There a proxy of length sqrt(128) / 8 turns by
+    # 0.0118 as far as one of length 6 by 0.05.
     "nivmf": {
-        "g3-control": (5, NIR + "--nir_weight 0 --proxy_weight 3 --batch_size 64 "
-                          "--proxy_lr 0.0118"),
+        "g3-control": (5, NIVMF + "--proxyanchor_weight 3e6 --weight_decay 400"),
+        "g3-plain": (5, NIR + "--nir_weight 0 --proxy_weight 3 --batch_size 64 "
+                        "--proxy_lr 0.0118"),
         "g3-exact": (5, NIVMF + "--proxyanchor_weight 3"),
         "g3-official": (5, NIVMF + "--proxyanchor_weight 3 --form official"),
         "cosine": (5, NIVMF + "--metric cosine --batch_size 64"),
@@ -146,6 +151,7 @@ WORDS = {
     "anchor-nll": "ProxyAnchor + NIR, `nll`",
     "anchor-positions": "control, mean over positions",
     "g3-control": "control: ProxyAnchor alone",
+    "g3-plain": "ProxyAnchor alone, usual network",
     "g3-exact": "ProxyAnchor + EL-nivMF, `exact`",
     "g3-official": "ProxyAnchor + EL-nivMF, `official`",
     "cosine": "cosine softmax",
