@@ -336,8 +336,8 @@ def draw_norm_ambiguity():
 NIR_GROUPS = {
     "anchor-official": ("ProxyAnchor with the official settings", PURPLE),
     "anchor-control": ("control: NIR's settings without NIR", BLUE),
-    "anchor-exp": ("with NIR, official form, exp(-log p)", RED),
-    "anchor-nll": ("with NIR, the project page's form, -log p", GREEN),
+    "anchor-exp": ("with NIR, exp: the official form, exp(-log p)", RED),
+    "anchor-nll": ("with NIR, nll: the project page's form, -log p", GREEN),
 }
 NIVMF_GROUPS = {
     "g3-control": ("control: ProxyAnchor alone, EL-nivMF's settings", BLUE),

@@ -108,11 +108,11 @@ def test_the_readmes_flow():
 
 def test_the_readmes_lines_embed_a_list_of_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("runs/NAME").mkdir(parents=True)
+    Path("runs/mine").mkdir(parents=True)
     args = dict(arch="conv4", embed_dim=5, image_size=16, pooling="average", weights="none",
                 augment="light")
     weights = common.Network("conv4", 5, 16).state_dict()
-    torch.save({"args": args, "network": weights, "epoch": 1}, "runs/NAME/best.pt")
+    torch.save({"args": args, "network": weights, "epoch": 1}, "runs/mine/best.pt")
     Path("my_photos/a").mkdir(parents=True)
     for i in range(3):
         torchvision.utils.save_image(torch.rand(3, 20, 30), f"my_photos/a/{i}.jpg")
