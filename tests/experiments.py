@@ -36,6 +36,8 @@ NIR = "tests/pretrained.py nir.py " + SHORT
 NIVMF = "tests/pretrained.py prob_dml.py " + SHORT
 # The control has NIR's proxy_weight, proxy_lr and warmup.
 CONTROL = "--nir_weight 0 --proxy_weight 0.0075 --proxy_lr 0.04 --warmup 1 "
+# A tenth of the weight that ProxyAnchor takes.
+NLL = "--nir_form nll --nir_weight 7.5e-6 "
 
 # The ablation as published. The preset of EL-nivMF is that of the main runs, so the ablation's
 # row is given as options.
@@ -114,15 +116,18 @@ STAGES = {
         "elk-nivmf-exact": (3, ABLATION + ELK),
         "elk-nivmf-official": (3, ABLATION + ELK + "--form official"),
         "elk-vmf": (3, ABLATION + "--metric elk --proxy vmf"),
+        "elk-vmf-50": (3, ABLATION + "--metric elk --proxy vmf --concentration_init 50"),
         "loglik-nivmf-official": (3, ABLATION + "--metric loglik --form official"),
     },
     "proxynca": {
         "proxynca-control": (3, NIR + CONTROL + "--loss proxynca"),
         "proxynca-exp": (3, NIR + "--loss proxynca"),
+        "proxynca-nll": (3, NIR + NLL + "--loss proxynca"),
     },
     "softtriple": {
         "softtriple-control": (3, NIR + CONTROL + "--loss softtriple"),
         "softtriple-exp": (3, NIR + "--loss softtriple"),
+        "softtriple-nll": (3, NIR + NLL + "--loss softtriple"),
     },
     "spheres": {
         "points": (1, PROXYNCA + "--nir_weight 0"),
@@ -159,6 +164,7 @@ WORDS = {
     "elk-nivmf-exact": "EL-nivMF, `exact`",
     "elk-nivmf-official": "EL-nivMF, `official`",
     "elk-vmf": "ELK, vMF proxies",
+    "elk-vmf-50": "ELK, vMF proxies, EL-nivMF's settings",
     "loglik-nivmf-official": "log-likelihood, nivMF, `official`",
     "proxynca": "ProxyNCA",
     "proxynca-nir": "ProxyNCA + NIR",
@@ -166,8 +172,10 @@ WORDS = {
     "softtriple-nir": "SoftTriple + NIR",
     "proxynca-control": "control: NIR's settings, no NIR",
     "proxynca-exp": "ProxyNCA + NIR, `exp`",
+    "proxynca-nll": "ProxyNCA + NIR, `nll`",
     "softtriple-control": "control: NIR's settings, no NIR",
     "softtriple-exp": "SoftTriple + NIR, `exp`",
+    "softtriple-nll": "SoftTriple + NIR, `nll`",
 }
 STRUCTURE = ("uniformity", "spectral_decay", "density", "concentration_variance")
 
