@@ -118,6 +118,7 @@ STAGES = {
         "elk-vmf": (3, ABLATION + "--metric elk --proxy vmf"),
         "elk-vmf-50": (3, ABLATION + "--metric elk --proxy vmf --concentration_init 50"),
         "loglik-nivmf-official": (3, ABLATION + "--metric loglik --form official"),
+        "loglik-vmf": (3, ABLATION + "--metric loglik --proxy vmf"),
     },
     "proxynca": {
         "proxynca-control": (3, NIR + CONTROL + "--loss proxynca"),
@@ -166,6 +167,7 @@ WORDS = {
     "elk-vmf": "ELK, vMF proxies",
     "elk-vmf-50": "ELK, vMF proxies, EL-nivMF's settings",
     "loglik-nivmf-official": "log-likelihood, nivMF, `official`",
+    "loglik-vmf": "log-likelihood, vMF",
     "proxynca": "ProxyNCA",
     "proxynca-nir": "ProxyNCA + NIR",
     "softtriple": "SoftTriple",
