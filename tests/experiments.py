@@ -63,6 +63,14 @@ PROXYNCA = ("nir.py " + SPHERES + "--loss proxynca --epochs 150 --lr_steps 100 1
             "--proxy_lr 0.1 ")
 
 
+def nir_beside(loss):
+    return {
+        f"{loss}-control": (3, f"{NIR}{CONTROL}--loss {loss}"),
+        f"{loss}-exp": (3, f"{NIR}--loss {loss}"),
+        f"{loss}-nll": (3, f"{NIR}{NLL}--loss {loss}"),
+    }
+
+
 def nir_from_scratch(dataset, seeds, name="anchor", options=""):
     return {
         name: (seeds, f"nir.py {dataset}{options} --nir_weight 0"),
@@ -120,16 +128,8 @@ STAGES = {
         "loglik-nivmf-official": (3, ABLATION + "--metric loglik --form official"),
         "loglik-vmf": (3, ABLATION + "--metric loglik --proxy vmf"),
     },
-    "proxynca": {
-        "proxynca-control": (3, NIR + CONTROL + "--loss proxynca"),
-        "proxynca-exp": (3, NIR + "--loss proxynca"),
-        "proxynca-nll": (3, NIR + NLL + "--loss proxynca"),
-    },
-    "softtriple": {
-        "softtriple-control": (3, NIR + CONTROL + "--loss softtriple"),
-        "softtriple-exp": (3, NIR + "--loss softtriple"),
-        "softtriple-nll": (3, NIR + NLL + "--loss softtriple"),
-    },
+    "proxynca": nir_beside("proxynca"),
+    "softtriple": nir_beside("softtriple"),
     "spheres": {
         "points": (1, PROXYNCA + "--nir_weight 0"),
         "nir": (1, PROXYNCA + "--nir_weight 0.03"),
